@@ -1,0 +1,1 @@
+"""Transactional outbox and ordered inbox: committed rows arrive at their handler once, in order."""

@@ -1,0 +1,248 @@
+"""The event and its wire contract, in both directions. Pure: no clock, no I/O.
+
+A committed outbox row (`Row`) becomes a `Message`, what any AMQP 0-9-1 client sees; a `Delivery` from the broker
+becomes an `Event`, what a handler sees, or is refused as `NotAnEvent` with the reason.
+
+The contract, stable (README, "Wire contract"): properties `message_id`, `type` = event type, `app_id` = source,
+`timestamp` (s), `content_type`, `delivery_mode` 2; headers `x-aggregate-type`, `x-aggregate-id`, `x-sequence` (int64),
+`x-content-digest`, and the row's own headers (`traceparent` among them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+Header = str | int | bool
+
+AGGREGATE_TYPE = "x-aggregate-type"
+AGGREGATE_ID = "x-aggregate-id"
+SEQUENCE = "x-sequence"
+CONTENT_DIGEST = "x-content-digest"
+OWN_HEADERS = frozenset((AGGREGATE_TYPE, AGGREGATE_ID, SEQUENCE, CONTENT_DIGEST))
+
+TOMBSTONE = "relay.tombstone"
+"""Type of the message that takes the place of a skipped or purged event: same sequence number, no body."""
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+"""Largest payload or body: the constraint `outbox_size_is_at_most_16_mib`; RabbitMQ 4's own default is the same."""
+
+MAX_SEQUENCE = 2**63 - 1
+
+_NAMESPACE = uuid.UUID("5a3c6f0e-64a8-5d5e-9b0c-3b1a7d1e2f40")
+_DIGEST_PREFIX = "sha256:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A committed row of relay.outbox, as the reader hands it on."""
+
+    id: int  # relay.outbox.id; within one aggregate, order of id = order of seq
+    aggregate_type: str | None
+    aggregate_id: str | None  # None: an event without order
+    seq: int | None  # 1, 2, 3 ... without a hole; None exactly when aggregate_id is
+    event_type: str
+    content_type: str
+    headers: Mapping[str, Header]
+    routing_key: str | None  # the row's own; None: by the template
+    created_at: datetime
+    body: bytes
+
+    @property
+    def aggregate(self) -> Aggregate | None:
+        """The key that order is kept for; None for an event without order."""
+        if self.aggregate_type is None or self.aggregate_id is None:
+            return None
+        return (self.aggregate_type, self.aggregate_id)
+
+
+Aggregate = tuple[str, str]
+"""(aggregate type, aggregate id)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One AMQP message to publish: persistent and mandatory, always."""
+
+    message_id: str
+    event_type: str
+    source: str
+    content_type: str
+    occurred_at: datetime
+    routing_key: str
+    headers: Mapping[str, Header]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One message as the broker delivered it, not yet believed in anything."""
+
+    tag: int
+    redelivered: bool
+    exchange: str
+    routing_key: str
+    message_id: str | None
+    event_type: str | None
+    source: str | None
+    content_type: str | None
+    occurred_at: datetime | None
+    headers: Mapping[str, Any]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One event as a handler sees it."""
+
+    source: str
+    aggregate_type: str | None
+    aggregate_id: str | None
+    seq: int | None
+    event_type: str
+    message_id: str
+    content_type: str
+    headers: Mapping[str, Header] = field(default_factory=dict)  # the producer's own; ours are the fields
+    occurred_at: datetime | None = None  # when the producer inserted it, to the second
+    body: bytes = b""
+    digest: bytes = b""  # SHA-256, see content_digest
+
+    @property
+    def aggregate(self) -> Aggregate | None:
+        """The key that order is kept for, within the source; None for an event without order."""
+        if self.aggregate_type is None or self.aggregate_id is None:
+            return None
+        return (self.aggregate_type, self.aggregate_id)
+
+    @property
+    def is_tombstone(self) -> bool:
+        """True when the event was skipped or purged by an operator: it only takes its place in the sequence."""
+        return self.event_type == TOMBSTONE
+
+    def json(self) -> Any:
+        """The body as JSON. Raises ValueError if it is not."""
+        return json.loads(self.body)
+
+
+class NotAnEvent(ValueError):
+    """A delivery that does not keep the wire contract. `reason` is `foreign` (none of our headers) or `malformed`."""
+
+    def __init__(self, reason: Literal["foreign", "malformed"], detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def content_digest(event_type: str, content_type: str, body: bytes) -> bytes:
+    """SHA-256 over type, NUL, content type, NUL, body: what must be equal when a sequence number is seen twice."""
+    return hashlib.sha256(b"%b\0%b\0%b" % (event_type.encode(), content_type.encode(), body)).digest()
+
+
+def message_id(row: Row, source: str, digest: bytes) -> str:
+    """The id of a row's message: the same after a crash, a replay, a restore.
+
+    With an aggregate it names the place in the sequence. Without one only the row's own id is left, which a lossy
+    fail-over of PostgreSQL can give out again, so the content goes in as well.
+    """
+    if row.seq is None:
+        name = f"{source}//{row.id}/{digest.hex()}"
+    else:
+        name = f"{source}/{row.aggregate_type}/{row.aggregate_id}/{row.seq}"
+    return str(uuid.uuid5(_NAMESPACE, name))
+
+
+def to_message(row: Row, *, source: str, routing_key: str) -> Message:
+    """The message of a row. Total: whatever PostgreSQL accepted as a row has a message."""
+    digest = content_digest(row.event_type, row.content_type, row.body)
+    headers: dict[str, Header] = dict(row.headers)
+    headers[CONTENT_DIGEST] = _DIGEST_PREFIX + digest.hex()
+    if row.aggregate_type is not None:
+        headers[AGGREGATE_TYPE] = row.aggregate_type
+    if row.aggregate_id is not None and row.seq is not None:
+        headers[AGGREGATE_ID] = row.aggregate_id
+        headers[SEQUENCE] = row.seq
+    return Message(
+        message_id=message_id(row, source, digest),
+        event_type=row.event_type,
+        source=source,
+        content_type=row.content_type,
+        occurred_at=row.created_at,
+        routing_key=routing_key,
+        headers=headers,
+        body=row.body,
+    )
+
+
+def to_event(delivery: Delivery) -> Event:
+    """The event of a delivery. Raises NotAnEvent when the delivery does not keep the wire contract, and nothing else."""
+    headers = delivery.headers
+    if CONTENT_DIGEST not in headers and SEQUENCE not in headers:
+        raise NotAnEvent("foreign", f"no {CONTENT_DIGEST} header: not published by a relay")
+    event_type = _text("type", delivery.event_type, limit=255)
+    content_type = delivery.content_type or ""
+    digest = _digest(headers.get(CONTENT_DIGEST))
+    if digest != content_digest(event_type, content_type, delivery.body):
+        raise NotAnEvent("malformed", f"{CONTENT_DIGEST} does not match the content")
+    aggregate_type, aggregate_id, seq = _place(headers)
+    return Event(
+        source=_text("app_id", delivery.source, limit=255),
+        aggregate_type=aggregate_type,
+        aggregate_id=aggregate_id,
+        seq=seq,
+        event_type=event_type,
+        message_id=_text("message_id", delivery.message_id, limit=255),
+        content_type=content_type,
+        headers={k: v for k, v in headers.items() if k not in OWN_HEADERS and isinstance(v, str | int | bool)},
+        occurred_at=delivery.occurred_at,
+        body=delivery.body,
+        digest=digest,
+    )
+
+
+def _place(headers: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:
+    aggregate_type = headers.get(AGGREGATE_TYPE)
+    if aggregate_type is not None:
+        aggregate_type = _text(AGGREGATE_TYPE, aggregate_type, limit=100)
+    if AGGREGATE_ID not in headers and SEQUENCE not in headers:
+        return aggregate_type, None, None
+    aggregate_id = _text(AGGREGATE_ID, headers.get(AGGREGATE_ID), limit=512)
+    seq = headers.get(SEQUENCE)
+    if type(seq) is not int or not 1 <= seq <= MAX_SEQUENCE:
+        raise NotAnEvent("malformed", f"{SEQUENCE} is {_shown(seq)}, not a whole number from 1")
+    if aggregate_type is None:
+        raise NotAnEvent("malformed", f"{AGGREGATE_ID} without {AGGREGATE_TYPE}")
+    return aggregate_type, aggregate_id, seq
+
+
+def _text(name: str, value: object, *, limit: int) -> str:
+    if not isinstance(value, str) or not value:
+        raise NotAnEvent("malformed", f"{name} is {_shown(value)}, not a text")
+    if "\0" in value:
+        raise NotAnEvent("malformed", f"{name} contains NUL")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise NotAnEvent("malformed", f"{name} is not valid Unicode") from None
+    if size > limit:
+        raise NotAnEvent("malformed", f"{name} is {size} bytes, at most {limit} are allowed")
+    return value
+
+
+def _digest(value: object) -> bytes:
+    if not isinstance(value, str) or not value.startswith(_DIGEST_PREFIX):
+        raise NotAnEvent("malformed", f"{CONTENT_DIGEST} is {_shown(value)}, not {_DIGEST_PREFIX}<hex>")
+    try:
+        digest = bytes.fromhex(value.removeprefix(_DIGEST_PREFIX))
+    except ValueError:
+        raise NotAnEvent("malformed", f"{CONTENT_DIGEST} is not hexadecimal") from None
+    return digest
+
+
+def _shown(value: object) -> str:
+    """A value from outside, short and printable: it ends up in a log."""
+    return "missing" if value is None else repr(value)[:60]

@@ -1,0 +1,1 @@
+"""The database's adapter: connections, migrations, named queries."""

@@ -1,0 +1,102 @@
+"""Connections to PostgreSQL: direct, with deadlines on both ends, and plans that stay on the index."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+import asyncpg
+
+from relay.errors import PoolerError, SchemaError
+from relay.postgres.errors import postgres_errors
+from relay.postgres.queries import query
+from relay.settings import PostgresSettings
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+CLOSE_TIMEOUT_S = 2.0
+"""Longest goodbye; after it the socket is cut. A peer that is gone would keep us for the kernel's keepalive otherwise."""
+
+_SESSION = {
+    # The server's end of a dead peer: its backend, and the locks it holds, must be gone in seconds, not in two hours.
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10000",  # ms
+    "idle_session_timeout": "0",
+    "timezone": "UTC",
+    # The planner's wrong turns measured in shared/PERFORMANCE.md B and G: a sequential scan, or a generic plan made for
+    # an empty table, costs seconds on a young and never-analysed log.
+    "enable_seqscan": "off",
+    "plan_cache_mode": "force_custom_plan",
+    "max_parallel_workers_per_gather": "0",
+    "jit": "off",
+}
+
+
+async def connect(settings: PostgresSettings, *, application: str) -> Connection:
+    """A direct session, UTF-8, with short server-side keepalives.
+
+    Raises PoolerError through a connection pooler, PostgresUnavailable when there is no answer, SchemaError for a
+    database that is not UTF-8.
+    """
+    with postgres_errors():
+        async with asyncio.timeout(settings.connect_timeout_s):
+            connection: Connection = await asyncpg.connect(
+                settings.dsn.get_secret_value(),
+                timeout=settings.connect_timeout_s,
+                command_timeout=settings.command_timeout_s,
+                server_settings={"application_name": application},
+            )
+    try:
+        with postgres_errors():
+            await _refuse_pooler(connection)
+            await _set_session(connection)
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection
+
+
+async def close(connection: Connection) -> None:
+    """Close within CLOSE_TIMEOUT_S, then cut. Never raises for the connection's sake."""
+    try:
+        await connection.close(timeout=CLOSE_TIMEOUT_S)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+        connection.terminate()
+
+
+@asynccontextmanager
+async def connection(settings: PostgresSettings, *, application: str) -> AsyncIterator[Connection]:
+    """`connect`, closed at the end."""
+    opened = await connect(settings, application=application)
+    try:
+        yield opened
+    finally:
+        await close(opened)
+
+
+async def _refuse_pooler(connection: Connection) -> None:
+    """A pooler hands out a made-up process id; PostgreSQL hands out its own."""
+    try:
+        pid = await connection.fetchval(query("backend_pid"))
+    except (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError) as exc:
+        raise PoolerError(_POOLER) from exc
+    if pid != connection.get_server_pid():
+        raise PoolerError(_POOLER)
+
+
+_POOLER = (
+    "postgres.dsn leads through a connection pooler (PgBouncer): session locks, LISTEN and prepared statements do not work "
+    "there. Give relay a direct connection; the producers may stay behind the pooler."
+)
+
+
+async def _set_session(connection: Connection) -> None:
+    encoding = await connection.fetchval(query("server_encoding"))
+    if encoding != "UTF8":
+        raise SchemaError(f"the database's encoding is {encoding}; relay needs UTF8")
+    for name, value in _SESSION.items():
+        await connection.execute(query("set_session"), name, value)

@@ -1,0 +1,46 @@
+"""Translates asyncpg's errors into relay's, once, at this edge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+
+from relay.errors import PostgresError, PostgresUnavailable, PrivilegeError, SchemaError
+
+_SCHEMA_STATES = {"3F000", "42P01", "42703", "42883"}  # no such schema, table, column, function
+_REFUSED_STATES = {"28000", "28P01", "3D000"}  # authorisation, password, no such database
+
+
+def translated(exc: BaseException) -> PostgresError | None:
+    """The relay error for an exception of asyncpg or the socket; None if it is neither."""
+    if isinstance(exc, asyncpg.PostgresError):
+        state = exc.sqlstate or ""
+        text = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        if state in _SCHEMA_STATES:
+            return SchemaError(f"{text}. Run `relay migrate` (or `relay check` to see what is missing).", sqlstate=state)
+        if state == "42501":
+            return PrivilegeError(f"{text}. Grant the role that relay logs in as one of the roles in sql/roles.sql.", sqlstate=state)
+        if state in _REFUSED_STATES:
+            return PostgresUnavailable(f"PostgreSQL refused the login: {text}. Check postgres.dsn.", sqlstate=state)
+        return PostgresUnavailable(f"PostgreSQL said: {text} (SQLSTATE {state})", sqlstate=state)
+    if isinstance(exc, asyncpg.InterfaceError):
+        return PostgresUnavailable(f"the connection to PostgreSQL is not usable: {exc}")
+    if isinstance(exc, TimeoutError | asyncio.TimeoutError):
+        return PostgresUnavailable("PostgreSQL did not answer in time")
+    if isinstance(exc, OSError):
+        return PostgresUnavailable(f"PostgreSQL cannot be reached: {exc.strerror or exc}")
+    return None
+
+
+@contextmanager
+def postgres_errors() -> Iterator[None]:
+    """Within it, every error of asyncpg or its socket leaves as a PostgresError with the original as its cause."""
+    try:
+        yield
+    except Exception as exc:
+        if isinstance(exc, PostgresError) or (error := translated(exc)) is None:
+            raise
+        raise error from exc

@@ -1,0 +1,297 @@
+"""One frozen settings tree: `relay.toml`, then `RELAY_*` environment variables, then flags; later wins.
+
+Every field is documented with its unit; the README's table is generated from these descriptions and a test keeps them equal.
+An unknown key is an error that suggests the nearest one. A secret can also be given as the path of a file (`*_FILE`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from relay.errors import ConfigError
+
+Policy = Literal["sequence", "latest", "none"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,99}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class PostgresSettings(_Section):
+    """The database: the producer's for `relay run`, the consumer's own for `relay inbox run`."""
+
+    dsn: SecretStr = Field(
+        SecretStr("postgresql://127.0.0.1:5432/postgres"),
+        description="Where to connect: postgresql://user:password@host:port/database. A direct connection, not through PgBouncer.",
+    )
+    connect_timeout_s: float = Field(10, gt=0, le=300, description="Give up connecting after this many seconds.")
+    command_timeout_s: float = Field(60, gt=0, le=3600, description="Give up a statement after this many seconds and reconnect.")
+
+    @field_validator("dsn")
+    @classmethod
+    def _is_a_dsn(cls, value: SecretStr) -> SecretStr:
+        return _with_scheme(value, ("postgresql", "postgres"), "postgresql://user:password@host:5432/database")
+
+
+class RabbitmqSettings(_Section):
+    """The broker."""
+
+    url: SecretStr = Field(
+        SecretStr("amqp://guest:guest@127.0.0.1:5672/"),
+        description="Where to connect: amqp://user:password@host:port/vhost, or amqps:// for TLS.",
+    )
+    exchange: str = Field("relay.events", min_length=1, max_length=255, description="The topic exchange that events are published to.")
+    declare_topology: bool = Field(
+        True,
+        description="Declare the exchange (and the inbox's queue) at start. Off: only check that they exist, for users without the configure permission.",
+    )
+    connect_timeout_s: float = Field(10, gt=0, le=300, description="Give up connecting after this many seconds.")
+    heartbeat_s: int = Field(10, ge=5, le=600, description="AMQP heartbeat in seconds; a dead connection is noticed after about three of them.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_url(cls, value: SecretStr) -> SecretStr:
+        return _with_scheme(value, ("amqp", "amqps"), "amqp://user:password@host:5672/vhost")
+
+
+class OutboxSettings(_Section):
+    """`relay run`."""
+
+    page_rows: int = Field(1000, ge=1, le=20000, description="Rows read and published as one page; also the most in flight at the broker.")
+    page_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="A page ends before the row that would exceed this many bytes of payload.")
+    order: Literal["pipelined", "strict"] = Field(
+        "pipelined",
+        description="pipelined: a page in flight at once. strict: at most one unconfirmed message of an aggregate, so that not even a broker's nack can swap two.",
+    )
+    routing_key: str = Field("{aggregate_type}.{event_type}", description="Template of the routing key; a row's own routing_key overrides it.")
+    wakeup: Literal["notify", "poll"] = Field("notify", description="notify: producers wake a sleeping relay. poll: only the poll interval counts.")
+    poll_interval_s: float = Field(5, ge=0.005, le=3600, description="Seconds between two looks while asleep; with notify only a safety net.")
+    checkpoint_interval_s: float = Field(0.1, ge=0, le=60, description="Least seconds between two writes of the cursor under load; a crash repeats that much.")
+    confirm_timeout_s: float = Field(30, gt=0, le=3600, description="A page that is not confirmed after this many seconds ends the session.")
+    standby_interval_s: float = Field(1, gt=0, le=60, description="Seconds between a standby's attempts to take over.")
+    retry_first_s: float = Field(1, gt=0, le=3600, description="Delay before a parked row is tried again; doubles with each attempt.")
+    retry_max_s: float = Field(300, gt=0, le=86400, description="Longest delay between two attempts of a parked row.")
+    max_attempts: int = Field(20, ge=1, description="After this many refusals a parked aggregate is stuck and waits for an operator.")
+    parked_limit: int = Field(100_000, ge=1, description="With more parked rows than this the shard pauses instead of hiding an outage in a table.")
+
+    @field_validator("routing_key")
+    @classmethod
+    def _is_a_template(cls, value: str) -> str:
+        try:
+            value.format(aggregate_type="", event_type="", aggregate_id="")
+        except (KeyError, IndexError, ValueError, AttributeError) as exc:
+            raise ValueError("may hold {aggregate_type}, {event_type} and {aggregate_id}, nothing else in braces") from exc
+        return value
+
+    @model_validator(mode="after")
+    def _relations(self) -> OutboxSettings:
+        if self.retry_first_s > self.retry_max_s:
+            raise ValueError("retry_first_s must not exceed retry_max_s")
+        return self
+
+
+class InboxSettings(_Section):
+    """`relay inbox run`."""
+
+    consumer: Name | None = Field(None, description="Name of this consumer: its cursors are kept under it. Default: the name given to Inbox(...).")
+    queue: str | None = Field(None, max_length=255, description="The queue to consume. Default: the consumer's name.")
+    bindings: tuple[str, ...] = Field(("#",), description="Routing-key patterns that the queue is bound with; bind whole aggregate types (`order.#`).")
+    policy: Policy = Field("sequence", description="Order within an aggregate: sequence (1, 2, 3 ...), latest (newest state wins), none (only deduplicated).")
+    policies: Mapping[str, Policy] = Field(default_factory=dict, description="Policy by aggregate type, where it differs from `policy`.")
+    batch: int = Field(500, ge=1, le=20000, description="Most messages applied in one transaction.")
+    prefetch: int = Field(1000, ge=1, le=65535, description="Most unacknowledged messages at this consumer.")
+    handler_timeout_s: float = Field(30, gt=0, le=86400, description="A handler that takes longer has failed.")
+    retry_first_s: float = Field(1, gt=0, le=3600, description="Delay before a failed message is tried again; doubles with each attempt.")
+    retry_max_s: float = Field(300, gt=0, le=86400, description="Longest delay between two attempts of a failed message.")
+    max_attempts: int = Field(20, ge=1, description="After this many failures a message is stuck and waits for an operator.")
+    delivery_limit: int = Field(1000, ge=1, description="Deliveries after which the broker dead-letters a message that kills its consumer.")
+    seen_retention_s: float = Field(7 * 86400, ge=60, description="How long ids of messages without an aggregate are remembered.")
+
+    @model_validator(mode="after")
+    def _relations(self) -> InboxSettings:
+        if self.retry_first_s > self.retry_max_s:
+            raise ValueError("retry_first_s must not exceed retry_max_s")
+        if self.prefetch < self.batch:
+            raise ValueError("prefetch must be at least batch, or a batch can never fill")
+        return self
+
+
+class DaemonSettings(_Section):
+    """What both daemons share."""
+
+    shutdown_grace_s: float = Field(20, gt=0, le=3600, description="Seconds to drain after the first SIGTERM or SIGINT; the second stops at once.")
+    backoff_first_s: float = Field(0.2, gt=0, le=60, description="First delay after a failed session; doubles with jitter.")
+    backoff_max_s: float = Field(10, gt=0, le=600, description="Longest delay between two sessions.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
+    log_format: Literal["json", "text"] = Field("json", description="One event a line: json for machines, text for people.")
+
+
+class Settings(_Section):
+    """Everything that can be set."""
+
+    source: Name | None = Field(
+        None, description="Name under which this outbox is published (part of every message id). Required by `relay run`; never change it."
+    )
+    postgres: PostgresSettings = PostgresSettings()
+    rabbitmq: RabbitmqSettings = RabbitmqSettings()
+    outbox: OutboxSettings = OutboxSettings()
+    inbox: InboxSettings = InboxSettings()
+    daemon: DaemonSettings = DaemonSettings()
+
+    @model_validator(mode="after")
+    def _relations(self) -> Settings:
+        if self.daemon.backoff_first_s > self.daemon.backoff_max_s:
+            raise ValueError("daemon.backoff_first_s must not exceed daemon.backoff_max_s")
+        if self.outbox.wakeup == "notify" and self.outbox.poll_interval_s < 0.1:
+            raise ValueError('outbox.poll_interval_s under 0.1 s is for outbox.wakeup = "poll"; with notify it would never let the relay sleep')
+        return self
+
+
+def load_settings(
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """The settings from a file, the environment and flags (dotted names), later winning over earlier.
+
+    `file` None: `relay.toml` in the working directory, if there is one. Raises ConfigError, which names the key, says
+    where it came from, never shows a value, and suggests the nearest name for an unknown one.
+    """
+    tree: dict[str, Any] = {}
+    for origin, values in (
+        _from_file(file),
+        _from_environ(os.environ if environ is None else environ),
+        ("flags", flags or {}),
+    ):
+        for key, value in values.items():
+            _put(tree, key, value, origin)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as exc:
+        raise ConfigError("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in exc.errors())) from None
+
+
+def setting_names() -> list[str]:
+    """All settings as dotted names, in the order of the tree."""
+    return [name for name, _ in walk_settings()]
+
+
+def walk_settings() -> Iterator[tuple[str, Any]]:
+    """All settings: (dotted name, pydantic field)."""
+    for name, info in Settings.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            yield from ((f"{name}.{inner}", field) for inner, field in section.model_fields.items())
+        else:
+            yield name, info
+
+
+def environment_name(setting: str) -> str:
+    """`outbox.page_rows` -> `RELAY_OUTBOX_PAGE_ROWS`."""
+    return "RELAY_" + setting.replace(".", "_").upper()
+
+
+def _from_file(file: Path | None) -> tuple[str, dict[str, Any]]:
+    path = file or Path("relay.toml")
+    if file is None and not path.is_file():
+        return "", {}
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"settings file {path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"settings file {path} is not valid TOML: {exc}") from exc
+    return str(path), dict(_flatten(document))
+
+
+def _flatten(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    sections = {name for name, info in Settings.model_fields.items() if _is_section(info.annotation)}
+    for name, value in document.items():
+        if name in sections and isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", deep) for inner, deep in value.items())
+        else:
+            yield name, value
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, _Section)
+
+
+# Read by other parts of the program (sandbox, tests, completion), not settings.
+_NOT_SETTINGS = re.compile(r"^RELAY_(SANDBOX|TEST|BENCH|DEMO)_|^RELAY_(CONFIG|FAIL)$")
+
+
+def _from_environ(environ: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    known = {environment_name(name): (name, info) for name, info in walk_settings()}
+    found: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith("RELAY_") or _NOT_SETTINGS.match(variable):
+            continue
+        if variable.endswith("_FILE") and variable.removesuffix("_FILE") in known:
+            name, _ = known[variable.removesuffix("_FILE")]
+            found[name] = _secret_file(variable, text)
+        elif variable in known:
+            name, info = known[variable]
+            found[name] = _parsed(variable, text, info.annotation)
+        else:
+            raise ConfigError(f"environment variable {variable} is not a setting{_suggestion(variable, known)}")
+    return "the environment", found
+
+
+def _secret_file(variable: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{variable}: cannot read {path}: {exc}") from exc
+
+
+def _parsed(variable: str, text: str, annotation: object) -> Any:
+    """Lists are comma-separated, mappings `key=value` pairs; numbers and booleans are left to the model."""
+    origin = get_origin(annotation)
+    if origin is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if origin is Mapping:
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        if any(not sign for _, sign, _ in pairs):
+            raise ConfigError(f"{variable}: expected key=value, key=value")
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    return text
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    names = setting_names()
+    if key not in names:
+        raise ConfigError(f"unknown setting {key!r} in {origin}{_suggestion(key, names)}")
+    section, dot, inner = key.partition(".")
+    if dot:
+        tree.setdefault(section, {})[inner] = value
+    else:
+        tree[section] = value
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names[:8])} ..."
+
+
+def _with_scheme(value: SecretStr, schemes: tuple[str, ...], example: str) -> SecretStr:
+    try:
+        parts = urlsplit(value.get_secret_value())
+        valid = parts.scheme in schemes and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"is not a URL like {example}")
+    return value

@@ -1,0 +1,64 @@
+"""Crash-only sessions: any failure destroys the session, and the next one starts from what PostgreSQL says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from tenacity import RetryCallState, Retrying
+from tenacity.wait import wait_exponential_jitter
+
+from relay.errors import RelayError
+from relay.settings import DaemonSettings
+
+HEALTHY_S = 30.0
+"""A session that lasted this long was healthy: the next failure starts again with the shortest delay."""
+
+
+async def supervise(
+    session: Callable[[], Awaitable[None]], *, name: str, settings: DaemonSettings, stop: asyncio.Event, log: structlog.typing.FilteringBoundLogger
+) -> None:
+    """Run `session` until it returns or `stop` is set; after a retryable error run it again after a back-off.
+
+    Raises whatever is not retryable: a wrong setting does not become right by waiting.
+    """
+    backoff = Backoff(settings)
+    while not stop.is_set():
+        started = asyncio.get_running_loop().time()
+        try:
+            await session()
+        except RelayError as exc:
+            if not exc.retryable:
+                raise
+            if asyncio.get_running_loop().time() - started > HEALTHY_S:
+                backoff = Backoff(settings)
+            delay_s = backoff.next_s()
+            log.warning("session_failed", session=name, error=type(exc).__name__, reason=str(exc), retry_in_s=round(delay_s, 2))
+            await wait_for(stop, delay_s)
+        else:
+            return
+
+
+async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until the event is set, at most `timeout_s` seconds. True if it is."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return event.is_set()
+    return True
+
+
+class Backoff:
+    """Delays that double with jitter, from tenacity's own arithmetic."""
+
+    def __init__(self, settings: DaemonSettings) -> None:
+        self._wait = wait_exponential_jitter(initial=settings.backoff_first_s, max=settings.backoff_max_s, jitter=settings.backoff_first_s)
+        self._state = RetryCallState(Retrying(), None, (), {})
+
+    def next_s(self) -> float:
+        """Seconds to wait before the next attempt."""
+        delay_s = self._wait(self._state)
+        self._state.attempt_number += 1
+        return delay_s

@@ -1,0 +1,206 @@
+-- Everything the outbox daemon asks of PostgreSQL, in the order a row meets it.
+-- Each block is named; $n are listed with their types, since asyncpg binds by position.
+
+-- name: list_shards
+-- The shards of this log.
+SELECT shard FROM relay.outbox_cursor ORDER BY shard
+
+-- name: take_ownership
+-- Raises the fence: from now on only this epoch may move the shard's cursor.
+-- $1 shard, $2 owner (text, for people)
+UPDATE relay.outbox_cursor SET epoch = epoch + 1, owner = $2, updated_at = now()
+WHERE shard = $1
+RETURNING epoch, source, cluster_id, high_id, after_id,
+  snapshot::text AS snapshot, window_snapshot::text AS window_snapshot,
+  pg_snapshot_xmax(snapshot) > pg_snapshot_xmax(pg_current_snapshot()) AS from_the_future,
+  (SELECT system_identifier FROM pg_control_system()) AS current_cluster_id
+
+-- name: name_source
+-- Fixes the name under which the log is published, at the first run.
+-- $1 shard, $2 epoch, $3 source, $4 cluster id
+UPDATE relay.outbox_cursor SET source = $3, cluster_id = $4 WHERE shard = $1 AND epoch = $2
+
+-- name: open_window
+-- The first page of what is new since a snapshot, and the snapshot it was read with. One row at least: with a null id, nothing is new.
+-- A page ends at $3 rows, or before the row that exceeds $4 bytes (never before its first row); page_rows tells what the limit of rows gave.
+-- `id + 0` keeps the planner from walking the index on id through all of history in search of the page.
+-- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes)
+WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
+SELECT me.snapshot, o.* FROM me LEFT JOIN LATERAL (
+  SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
+    SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
+           created_at, payload, body
+    FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
+    ORDER BY id + 0 LIMIT $3
+  ) p
+) o ON o.bytes_before < $4
+ORDER BY o.id
+
+-- name: open_window_with_late
+-- The same, when transactions were in progress at the cursor's snapshot: their rows are new as well.
+-- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[])
+WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
+SELECT me.snapshot, o.* FROM me LEFT JOIN LATERAL (
+  SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
+    SELECT * FROM (
+      SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
+             created_at, payload, body
+      FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
+      UNION ALL
+      SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
+             created_at, payload, body
+      FROM relay.outbox WHERE shard = $1 AND xid = ANY ($5::text[]::xid8[])
+    ) u ORDER BY id + 0 LIMIT $3
+  ) p
+) o ON o.bytes_before < $4
+ORDER BY o.id
+
+-- name: next_page
+-- The following pages of a window: by id, new since the cursor's snapshot, visible in the window's.
+-- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[]),
+-- $6 after id, $7 window's snapshot (text)
+SELECT o.* FROM (
+  SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
+    SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
+           created_at, payload, body
+    FROM relay.outbox
+    WHERE shard = $1 AND id > $6
+      AND (xid >= $2::text::xid8 OR xid = ANY ($5::text[]::xid8[]))
+      AND pg_visible_in_snapshot(xid, $7::text::pg_snapshot)
+    ORDER BY id LIMIT $3
+  ) p
+) o
+WHERE o.bytes_before < $4
+ORDER BY o.id
+
+-- name: checkpoint
+-- Moves the cursor. No row: another owner has raised the epoch.
+-- $1 shard, $2 epoch, $3 snapshot (text), $4 window's snapshot (text or null), $5 after id, $6 highest id published
+UPDATE relay.outbox_cursor
+SET snapshot = $3::text::pg_snapshot, window_snapshot = $4::text::pg_snapshot, after_id = $5,
+    high_id = greatest(high_id, $6), updated_at = now()
+WHERE shard = $1 AND epoch = $2
+RETURNING shard
+
+-- name: blocked_aggregates
+-- The aggregates of a shard that have parked rows, and how many; an event without an aggregate counts under nulls.
+-- $1 shard
+SELECT aggregate_type, aggregate_id, count(*) AS parked FROM relay.outbox_parked WHERE shard = $1 GROUP BY 1, 2
+
+-- name: park
+-- Parks rows: the head of an aggregate is tried again after a delay, what is behind it waits. Parking a parked row again changes nothing.
+-- $1 shard; arrays, one element a row: $2 id, $3 aggregate type, $4 aggregate id, $5 seq, $6 reason, $7 detail,
+-- $8 state, $9 attempts, $10 delay until the next attempt (s, null unless retrying)
+INSERT INTO relay.outbox_parked (id, shard, aggregate_type, aggregate_id, seq, reason, detail, state, attempts, next_attempt_at)
+SELECT p.id, $1, p.aggregate_type, p.aggregate_id, p.seq, p.reason, p.detail, p.state, p.attempts, now() + make_interval(secs => p.delay_s)
+FROM unnest($2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::integer[], $10::float8[])
+  AS p (id, aggregate_type, aggregate_id, seq, reason, detail, state, attempts, delay_s)
+ON CONFLICT (id) DO NOTHING
+
+-- name: due_parked
+-- The parked rows that may be tried now: of up to $2 due aggregates, their first rows in order, up to $3 rows each.
+-- Ends before the row that exceeds $4 bytes, never before its first row.
+-- $1 shard, $2 aggregates, $3 rows of each, $4 bytes
+SELECT * FROM (
+SELECT sum(o.size) OVER (ORDER BY o.id) - o.size AS bytes_before, o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.size, o.content_type, o.headers::text AS headers,
+       o.routing_key, o.created_at, o.payload, o.body, r.attempts, r.reason
+FROM (
+  SELECT id, aggregate_type, aggregate_id FROM relay.outbox_parked
+  WHERE shard = $1 AND state = 'retrying' AND next_attempt_at <= now()
+  ORDER BY next_attempt_at LIMIT $2
+) due
+CROSS JOIN LATERAL (
+  SELECT id, attempts, reason FROM relay.outbox_parked WHERE id = due.id
+  UNION ALL
+  (SELECT id, 0, 'behind' FROM relay.outbox_parked p
+   WHERE p.aggregate_id = due.aggregate_id AND p.aggregate_type = due.aggregate_type AND p.id > due.id
+   ORDER BY p.seq LIMIT $3 - 1)
+) r
+JOIN relay.outbox o ON o.shard = $1 AND o.id = r.id
+) page
+WHERE bytes_before < $4
+ORDER BY id
+
+-- name: next_parked_attempt
+-- Seconds until the next parked row is due, null if none will be.
+-- $1 shard
+SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 FROM relay.outbox_parked WHERE shard = $1 AND state = 'retrying'
+
+-- name: unpark
+-- Removes rows that were published after all.
+-- $1 ids (bigint[])
+DELETE FROM relay.outbox_parked WHERE id = ANY ($1::bigint[])
+
+-- name: delay_parked
+-- A parked row was tried and refused again.
+-- Arrays: $1 id, $2 reason, $3 detail, $4 state, $5 attempts, $6 delay until the next attempt (s, null when stuck)
+UPDATE relay.outbox_parked AS p
+SET reason = d.reason, detail = d.detail, state = d.state, attempts = d.attempts, next_attempt_at = now() + make_interval(secs => d.delay_s)
+FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::float8[]) AS d (id, reason, detail, state, attempts, delay_s)
+WHERE p.id = d.id
+
+-- name: promote_parked
+-- After the head of an aggregate went out: the first row that is still parked becomes the head, due at once.
+-- Returns the aggregates that are still blocked.
+-- Arrays: $1 aggregate type, $2 aggregate id
+WITH head AS (
+  SELECT DISTINCT ON (p.aggregate_id, p.aggregate_type) p.id, p.aggregate_type, p.aggregate_id, p.state
+  FROM unnest($1::text[], $2::text[]) AS a (aggregate_type, aggregate_id)
+  JOIN relay.outbox_parked p USING (aggregate_id, aggregate_type)
+  ORDER BY p.aggregate_id, p.aggregate_type, p.seq
+), promoted AS (
+  UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now()
+  FROM head WHERE p.id = head.id AND head.state = 'waiting'
+)
+SELECT aggregate_type, aggregate_id FROM head
+
+-- name: lock_log
+-- Keeps every writer out of the log until the end of the transaction: for re-basing after a restore.
+LOCK TABLE relay.outbox IN SHARE ROW EXCLUSIVE MODE
+
+-- name: rebase
+-- After a restore into another cluster: what was not published gets a transaction id of this one. What was, an id no reader looks at.
+-- Published is: visible in the cursor (its snapshot, or its window up to after_id) and not above high_id.
+-- $1 shard
+WITH cursor AS (SELECT * FROM relay.outbox_cursor WHERE shard = $1), log AS (
+  SELECT o.id, o.slot, o.id <= c.high_id AND (
+      pg_visible_in_snapshot(o.xid, c.snapshot)
+      OR (c.window_snapshot IS NOT NULL AND o.id <= c.after_id AND pg_visible_in_snapshot(o.xid, c.window_snapshot))
+    ) AS published
+  FROM relay.outbox o CROSS JOIN cursor c WHERE o.shard = $1
+)
+UPDATE relay.outbox o SET xid = CASE WHEN log.published THEN '3'::xid8 ELSE pg_current_xact_id() END
+FROM log WHERE o.shard = $1 AND o.id = log.id AND o.slot = log.slot
+
+-- name: rebase_cursor
+-- The cursor of a re-based shard: a snapshot of this cluster in which this transaction is still in progress.
+-- $1 shard, $2 epoch, $3 cluster id
+UPDATE relay.outbox_cursor
+SET cluster_id = $3, window_snapshot = NULL, after_id = 0, updated_at = now(), snapshot = (
+  SELECT (least(pg_snapshot_xmin(s)::text::numeric, x::text::numeric)::text || ':'
+       || greatest(pg_snapshot_xmax(s)::text::numeric, x::text::numeric + 1)::text || ':'
+       || (SELECT string_agg(t::text, ',' ORDER BY t) FROM (
+             SELECT xip::text::numeric AS t FROM pg_snapshot_xip(s) AS xip
+             UNION SELECT x::text::numeric
+             UNION SELECT generate_series(pg_snapshot_xmax(s)::text::numeric, x::text::numeric)
+           ) AS in_progress))::pg_snapshot
+  FROM (SELECT pg_current_snapshot() AS s, pg_current_xact_id() AS x) AS now
+)
+WHERE shard = $1 AND epoch = $2
+RETURNING snapshot::text AS snapshot
+
+-- name: advance_ids
+-- After a restore that did not bring the sequence along: new ids must follow the old ones.
+SELECT setval('relay.outbox_id_seq', greatest((SELECT max(id) FROM relay.outbox), (SELECT last_value FROM relay.outbox_id_seq)), true)
+
+-- name: try_owner_lock
+-- $1 class, $2 shard
+SELECT pg_try_advisory_lock($1, $2)
+
+-- name: try_wake_lock
+-- $1 class, $2 shard
+SELECT pg_try_advisory_lock($1, $2)
+
+-- name: release_wake_lock
+-- $1 class, $2 shard
+SELECT pg_advisory_unlock($1, $2)

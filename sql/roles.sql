@@ -1,0 +1,50 @@
+-- The roles of relay and what each may do. Safe to run again; needs CREATEROLE for the roles that are missing.
+-- Grant them to your own login roles:  GRANT relay_producer TO shop_app;
+
+DO $$
+DECLARE
+  role text;
+BEGIN
+  FOREACH role IN ARRAY ARRAY['relay_producer', 'relay_daemon', 'relay_consumer', 'relay_operator', 'relay_monitor'] LOOP
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = role) THEN
+      BEGIN
+        EXECUTE pg_catalog.format('CREATE ROLE %I NOLOGIN', role);
+      EXCEPTION WHEN duplicate_object OR unique_violation THEN
+        RAISE NOTICE 'role % was created by another session meanwhile', role;
+      END;
+    END IF;
+  END LOOP;
+END
+$$;
+
+REVOKE ALL ON ALL TABLES IN SCHEMA relay FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA relay FROM PUBLIC;
+GRANT USAGE ON SCHEMA relay TO relay_producer, relay_daemon, relay_consumer, relay_operator, relay_monitor;
+
+-- A producer inserts events, and may read back the number its event got. It can neither read nor change anybody's events.
+GRANT INSERT (aggregate_type, aggregate_id, seq, event_type, payload, body, content_type, headers, routing_key)
+  ON relay.outbox TO relay_producer;
+GRANT SELECT (id, seq) ON relay.outbox TO relay_producer;
+GRANT EXECUTE ON FUNCTION relay.emit(text, text, text, jsonb, jsonb, text, bigint), relay.headers_are_valid(jsonb) TO relay_producer;
+
+-- The outbox daemon reads the log, moves its cursor, parks and un-parks. It cannot write events.
+GRANT SELECT ON relay.migration, relay.outbox, relay.outbox_aggregate, relay.outbox_cursor, relay.outbox_parked TO relay_daemon;
+GRANT UPDATE ON relay.outbox_cursor TO relay_daemon;
+GRANT UPDATE (xid), TRUNCATE ON relay.outbox TO relay_daemon;  -- xid: re-basing after a restore; TRUNCATE: its lock, and retention
+GRANT SELECT, UPDATE ON SEQUENCE relay.outbox_id_seq TO relay_daemon;  -- re-basing: new ids must follow the restored ones
+GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;
+
+-- A consumer's inbox.
+GRANT SELECT ON relay.migration TO relay_consumer;
+GRANT SELECT, INSERT, UPDATE ON relay.inbox_aggregate TO relay_consumer;
+GRANT SELECT, INSERT, UPDATE, DELETE ON relay.inbox_held TO relay_consumer;
+GRANT SELECT, INSERT, DELETE ON relay.inbox_seen TO relay_consumer;
+GRANT INSERT ON relay.inbox_quarantine TO relay_consumer;
+
+-- Operators see everything; the acts they may do come with the operator commands. Monitors see everything but payloads.
+GRANT SELECT ON ALL TABLES IN SCHEMA relay TO relay_operator;
+GRANT SELECT ON relay.migration, relay.outbox_aggregate, relay.outbox_cursor, relay.outbox_parked, relay.inbox_aggregate TO relay_monitor;
+GRANT SELECT (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, size, created_at) ON relay.outbox TO relay_monitor;
+GRANT SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, reason, state, attempts, held_at, next_attempt_at)
+  ON relay.inbox_held TO relay_monitor;
+GRANT SELECT (id, consumer, reason, detail, message_id, exchange, routing_key, received_at) ON relay.inbox_quarantine TO relay_monitor;
