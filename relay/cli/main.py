@@ -1,0 +1,134 @@
+"""`relay`: the program's one entry point, its commands and its exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from relay.cli.bench import bench
+from relay.cli.demo import demo
+from relay.cli.emit import emit
+from relay.cli.inbox import inbox
+from relay.cli.options import config_option, set_option, settings_from
+from relay.cli.signals import stop_on_signals
+from relay.daemon import Outbox
+from relay.errors import RelayError, SchemaError
+from relay.log import configure_logging
+from relay.postgres import migrate as schema
+from relay.postgres.connect import connection
+from relay.settings import Settings
+
+EXIT_PARKED = 8
+"""`relay run --drain`: everything was read, but some rows are parked."""
+
+
+class Program(click.Group):
+    """Turns relay's errors into one line on standard error and the exit code of their class."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; see the README for the exit codes."""
+        try:
+            return super().invoke(ctx)
+        except RelayError as exc:
+            click.echo(f"relay: {type(exc).__name__}: {exc}", err=True)
+            ctx.exit(exc.exit_code)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="relay-outbox", prog_name="relay")
+def cli() -> None:
+    """Transactional outbox and ordered inbox: committed rows arrive at their handler once, in order.
+
+    Settings come from relay.toml, then RELAY_* environment variables, then --set; see the README for the list.
+    """
+
+
+@cli.command()
+@config_option
+@set_option
+@click.option("--print", "printing", is_flag=True, help="Print the SQL instead of running it; needs no connection.")
+def migrate(config: Path | None, assignments: tuple[str, ...], *, printing: bool) -> None:
+    """Create or update relay's schema. Safe to run twice, and by two processes at once.
+
+    \b
+    relay migrate                      apply what is missing
+    relay migrate --print | psql ...   let somebody else apply it
+    """
+    if printing:
+        click.echo(schema.printed(), nl=False)
+        return
+    report = asyncio.run(_migrate(settings_from(config, assignments)))
+    for name in report.applied:
+        click.echo(f"applied {name}")
+    if not report.applied:
+        click.echo("the schema is up to date")
+    if report.roles_skipped:
+        click.echo(f"note: the roles were not created: {report.roles_skipped}", err=True)
+
+
+async def _migrate(settings: Settings) -> schema.Report:
+    async with connection(settings.postgres, application="relay migrate") as opened:
+        return await schema.migrate(opened)
+
+
+@cli.command()
+@config_option
+@set_option
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def check(config: Path | None, assignments: tuple[str, ...], *, as_json: bool) -> None:
+    """Compare the schema with what this program needs; name what is missing. Exits with 3 if anything is."""
+    missing = asyncio.run(_check(settings_from(config, assignments)))
+    if as_json:
+        click.echo(json.dumps({"ok": not missing, "missing": missing}))
+    else:
+        for line in missing or ["the schema is complete"]:
+            click.echo(line)
+    if missing:
+        sys.exit(SchemaError.exit_code)
+
+
+async def _check(settings: Settings) -> list[str]:
+    async with connection(settings.postgres, application="relay check") as opened:
+        missing = await schema.missing(opened)
+        await schema.require_current(opened)
+        return missing
+
+
+@cli.command()
+@config_option
+@set_option
+@click.option("--drain", is_flag=True, help="End when everything that is committed has been published.")
+def run(config: Path | None, assignments: tuple[str, ...], *, drain: bool) -> None:
+    """The outbox daemon: publish committed events, in order, confirmed.
+
+    Several may run: one owns the log, the others stand by and take over within seconds. The first SIGTERM or SIGINT drains
+    within daemon.shutdown_grace_s, the second stops at once.
+    """
+    settings = settings_from(config, assignments)
+    configure_logging(settings.daemon)
+    outbox = Outbox(settings)
+    asyncio.run(_run(outbox, drain=drain))
+    if drain and outbox.parked:
+        click.echo(f"relay: {outbox.parked} rows are parked: they could not be published", err=True)
+        sys.exit(EXIT_PARKED)
+
+
+async def _run(outbox: Outbox, *, drain: bool) -> None:
+    with stop_on_signals() as stop:
+        outbox.stop = stop
+        await outbox.run(drain=drain)
+
+
+cli.add_command(inbox)
+cli.add_command(emit)
+cli.add_command(demo)
+cli.add_command(bench)
+
+
+def main() -> None:
+    """Entry point of the `relay` program."""
+    cli(prog_name="relay")

@@ -1,0 +1,172 @@
+"""The outbox daemon's wiring, top to bottom: settings -> connections -> owner of the shard -> read, publish, checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from relay.errors import ConfigError
+from relay.outbox.lease import Ownership, wait_for_ownership
+from relay.outbox.reader import Reader
+from relay.outbox.shard import Progress, Shard
+from relay.outbox.store import Store
+from relay.outbox.wakeup import Wakeup
+from relay.postgres.connect import Connection, connection
+from relay.postgres.errors import postgres_errors
+from relay.postgres.migrate import require_current
+from relay.postgres.queries import query
+from relay.rabbitmq.contract import Publisher
+from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.settings import Settings
+from relay.supervisor import supervise
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Outbox:
+    """The outbox daemon as an object, for a program that embeds it; `relay run` is this and signals.
+
+    `stop` ends it: what is in flight is confirmed and checkpointed within `daemon.shutdown_grace_s`.
+    """
+
+    settings: Settings
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    progress: dict[int, Progress] = field(default_factory=dict)  # by shard
+    parked: int = 0  # rows left parked when it ended
+
+    async def run(self, *, drain: bool = False) -> None:
+        """Publish until `stop` is set; with `drain`, until nothing is left. Raises RelayError for what waiting does not heal."""
+        source = self.settings.source
+        if source is None:
+            raise ConfigError(
+                'the setting source is missing: the name under which this outbox is published, for example source = "shop"'
+            )
+        shards = await self._shards()
+        with _one_error():
+            async with asyncio.TaskGroup() as group:
+                for shard in shards:
+                    self.progress[shard] = Progress()
+                    group.create_task(self._supervised(shard, source, drain), name=f"shard-{shard}")
+
+    async def _shards(self) -> list[int]:
+        """The shards of the log. The server may still be starting: the supervisor's patience covers that too."""
+        found: list[int] = []
+
+        async def look() -> None:
+            async with connection(self.settings.postgres, application="relay start") as opened:
+                await require_current(opened)
+                with postgres_errors():
+                    found.extend(r["shard"] for r in await opened.fetch(query("list_shards")))
+
+        await supervise(look, name="start", settings=self.settings.daemon, stop=self.stop, log=log)
+        return found
+
+    async def _supervised(self, shard: int, source: str, drain: bool) -> None:
+        async def session() -> None:
+            await self._until_stopped(self._session(shard, source, drain))
+
+        await supervise(session, name=f"shard-{shard}", settings=self.settings.daemon, stop=self.stop, log=log)
+
+    async def _until_stopped(self, session: Coroutine[Any, Any, None]) -> None:
+        """Let a session finish by itself after `stop`, but not for longer than the grace period."""
+        work = asyncio.ensure_future(session)
+        stopping = asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await asyncio.wait([work], timeout=self.settings.daemon.shutdown_grace_s)
+            if not work.done():
+                log.warning(
+                    "grace_over",
+                    grace_s=self.settings.daemon.shutdown_grace_s,
+                    reason="what is in flight is published again by the next owner",
+                )
+                return
+            await work
+        finally:
+            for task in (work, stopping):
+                task.cancel()
+            await asyncio.gather(work, stopping, return_exceptions=True)
+
+    async def _session(self, shard: int, source: str, drain: bool) -> None:
+        settings = self.settings.outbox
+        async with self._connection("lease", shard) as lease:
+            ownership = await wait_for_ownership(
+                lease, shard=shard, source=source, interval_s=settings.standby_interval_s, stop=self.stop
+            )
+            if ownership is None:
+                return
+            wakeup = Wakeup(lease, shard=shard)
+            await wakeup.listen()
+            async with self._connection("reader", shard) as reading, self._publisher(shard) as publisher:
+                pipeline = self._pipeline(ownership, reading, publisher, wakeup, source)
+                async with _waker(wakeup, self.stop, publisher):
+                    self.parked = await pipeline.run(drain=drain)
+        log.info(
+            "drained" if drain else "stopped", shard=shard, published=self.progress[shard].published, parked=self.parked
+        )
+
+    def _pipeline(
+        self, ownership: Ownership, reading: Connection, publisher: Publisher, wakeup: Wakeup, source: str
+    ) -> Shard:
+        settings = self.settings.outbox
+        return Shard(
+            ownership=ownership,
+            reader=Reader(reading, shard=ownership.shard, page_rows=settings.page_rows, page_bytes=settings.page_bytes),
+            store=Store(reading, shard=ownership.shard, epoch=ownership.epoch, settings=settings),
+            publisher=publisher,
+            wakeup=wakeup,
+            settings=settings,
+            source=source,
+            progress=self.progress[ownership.shard],
+            stop=self.stop,
+        )
+
+    def _connection(self, role: str, shard: int) -> AbstractAsyncContextManager[Connection]:
+        return connection(self.settings.postgres, application=f"relay {role} {shard}")
+
+    @asynccontextmanager
+    async def _publisher(self, shard: int) -> AsyncIterator[Publisher]:
+        publisher = await StockPublisher.open(
+            self.settings.rabbitmq,
+            confirm_timeout_s=self.settings.outbox.confirm_timeout_s,
+            name=f"relay {self.settings.source} shard {shard} {socket.gethostname()}:{os.getpid()}",
+        )
+        try:
+            yield publisher
+        finally:
+            await publisher.close()
+
+
+@asynccontextmanager
+async def _waker(wakeup: Wakeup, stop: asyncio.Event, publisher: Publisher) -> AsyncIterator[None]:
+    """Within it, a sleeping shard gets up when it is told to stop, and when the broker goes away."""
+
+    async def wake_after(event: Coroutine[Any, Any, object]) -> None:
+        await event
+        wakeup.event.set()
+
+    tasks = [asyncio.create_task(wake_after(stop.wait())), asyncio.create_task(wake_after(publisher.wait_lost()))]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """A group of shards fails with the first error, told as itself: it names what to do."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from group

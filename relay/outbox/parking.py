@@ -1,0 +1,94 @@
+"""Which rows of a page are done, and which must be parked. Pure.
+
+A row that the broker refuses is parked together with every later row of its aggregate, also those that were confirmed
+already: they are published again behind it, so that the last word on the wire is in order (the inbox drops the copies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Literal
+
+from relay.message import Aggregate, Row
+from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
+
+Reason = Literal["unroutable", "nacked", "refused", "too_large", "unencodable", "behind"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A row to park, and why."""
+
+    row: Row
+    reason: Reason
+    detail: str | None = None
+
+    @property
+    def is_head(self) -> bool:
+        """True for the row that holds its aggregate up; the others wait behind one."""
+        return self.reason != "behind"
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What became of the rows of a page, up to the first one whose fate is unknown."""
+
+    settled: int  # rows, from the first on, that are confirmed or parked
+    confirmed: Sequence[Row]
+    parked: Sequence[Parked]
+
+
+def settle(rows: Sequence[Row], outcomes: Sequence[Outcome | None], blocked: AbstractSet[Aggregate]) -> Settlement:
+    """Divide a page. An outcome None: the row was not sent, because its aggregate is blocked or failed earlier in this page."""
+    confirmed: list[Row] = []
+    parked: list[Parked] = []
+    held = set(blocked)
+    settled = 0
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, Unknown):
+            break
+        settled += 1
+        if row.aggregate in held:
+            parked.append(Parked(row, "behind"))
+        elif isinstance(outcome, Confirmed):
+            confirmed.append(row)
+        else:
+            parked.append(refusal(row, outcome))
+            if row.aggregate is not None:
+                held.add(row.aggregate)
+    return Settlement(settled, confirmed, parked)
+
+
+def refusal(row: Row, outcome: Outcome | None) -> Parked:
+    """The broker's no, as the reason to park a row."""
+    match outcome:
+        case Returned(reply_text):
+            return Parked(row, "unroutable", f"no queue is bound for the routing key: {reply_text}")
+        case Nacked():
+            return Parked(row, "nacked", "the broker refused responsibility (basic.nack): a full queue, usually")
+        case Refused(reason, detail):
+            return Parked(row, reason, detail)
+        case _:
+            raise ValueError(f"row {row.id} was neither confirmed nor refused: {outcome}")
+
+
+def waves(rows: Sequence[Row]) -> list[list[int]]:
+    """Positions of the rows in waves that hold every aggregate at most once: what `order = "strict"` publishes one after the other."""
+    found: list[list[int]] = []
+    depth: dict[Aggregate, int] = {}
+    for position, row in enumerate(rows):
+        wave = 0
+        if row.aggregate is not None:
+            wave = depth.get(row.aggregate, 0)
+            depth[row.aggregate] = wave + 1
+        if wave == len(found):
+            found.append([])
+        found[wave].append(position)
+    return found
+
+
+def retry_delay_s(attempts: int, *, first_s: float, longest_s: float) -> float:
+    """Seconds until the next attempt after `attempts` refusals: doubles, up to the longest."""
+    return float(min(longest_s, first_s * 2.0 ** min(attempts - 1, 60)))

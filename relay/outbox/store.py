@@ -1,0 +1,137 @@
+"""What the outbox daemon writes: the cursor, and the parked rows in the same transaction. Every write is fenced by the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from relay.errors import LeaseLost
+from relay.message import Aggregate, Row
+from relay.outbox.cursor import Position
+from relay.outbox.parking import Parked, retry_delay_s
+from relay.outbox.reader import to_row
+from relay.postgres.connect import Connection
+from relay.postgres.errors import postgres_errors
+from relay.postgres.queries import query
+from relay.settings import OutboxSettings
+
+_RETRY_AGGREGATES = 50
+_RETRY_ROWS_EACH = 50
+"""One portion of parked rows: small enough that live traffic is not kept waiting for long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A parked row that may be tried again."""
+
+    row: Row
+    attempts: int  # refusals so far
+    alone: bool  # it closed the channel the last time: nothing else may be in flight beside it
+
+
+class Store:
+    """The writes of the owner of one shard. Raises LeaseLost as soon as another owner has raised the epoch."""
+
+    def __init__(self, connection: Connection, *, shard: int, epoch: int, settings: OutboxSettings) -> None:
+        self._connection = connection
+        self._shard = shard
+        self._epoch = epoch
+        self._settings = settings
+
+    async def checkpoint(self, position: Position, high_id: int, parked: Sequence[Parked] = ()) -> None:
+        """Persist `position` and park rows, both or neither. `high_id`: the highest id published so far."""
+        with postgres_errors():
+            async with self._connection.transaction():
+                if parked:
+                    await self._park(parked)
+                await self._move(position, high_id)
+
+    async def blocked(self) -> dict[Aggregate | None, int]:
+        """Parked rows by aggregate; those without an aggregate under None."""
+        with postgres_errors():
+            records = await self._connection.fetch(query("blocked_aggregates"), self._shard)
+        found: dict[Aggregate | None, int] = {}
+        for r in records:
+            key = None if r["aggregate_id"] is None else (r["aggregate_type"], r["aggregate_id"])
+            found[key] = found.get(key, 0) + r["parked"]
+        return found
+
+    async def due(self) -> list[Due]:
+        """A portion of the parked rows that may be tried now, by id: heads, each with some of the rows behind it."""
+        with postgres_errors():
+            records = await self._connection.fetch(
+                query("due_parked"), self._shard, _RETRY_AGGREGATES, _RETRY_ROWS_EACH, self._settings.page_bytes
+            )
+        return [Due(to_row(r), r["attempts"], r["reason"] == "refused") for r in records]
+
+    async def next_attempt_s(self) -> float | None:
+        """Seconds until a parked row is due (negative: overdue); None when none ever will be."""
+        with postgres_errors():
+            seconds: float | None = await self._connection.fetchval(query("next_parked_attempt"), self._shard)
+        return seconds
+
+    async def unpark(
+        self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]], position: Position, high_id: int
+    ) -> set[Aggregate]:
+        """Remove the rows that went out, delay those that were refused again (with their refusals so far).
+
+        Returns which of these aggregates are still blocked. In one transaction, fenced like a checkpoint.
+        """
+        aggregates = {a for a in (row.aggregate for row in (*published, *(p.row for p, _ in refused))) if a is not None}
+        with postgres_errors():
+            async with self._connection.transaction():
+                await self._move(position, high_id)
+                await self._connection.execute(query("unpark"), [row.id for row in published])
+                await self._delay(refused)
+                still = await self._connection.fetch(query("promote_parked"), [a[0] for a in aggregates], [a[1] for a in aggregates])
+        return {(r["aggregate_type"], r["aggregate_id"]) for r in still}
+
+    async def _move(self, position: Position, high_id: int) -> None:
+        moved = await self._connection.fetchval(
+            query("checkpoint"),
+            self._shard,
+            self._epoch,
+            str(position.snapshot),
+            None if position.window is None else str(position.window),
+            position.after_id,
+            high_id,
+        )
+        if moved is None:
+            raise LeaseLost(f"shard {self._shard}: another relay took over (epoch {self._epoch} is over); this one stops")
+
+    async def _park(self, parked: Sequence[Parked]) -> None:
+        rows = [p.row for p in parked]
+        fates = [self._fate(p, attempts=1) if p.is_head else ("waiting", 0, None) for p in parked]
+        await self._connection.execute(
+            query("park"),
+            self._shard,
+            [r.id for r in rows],
+            [r.aggregate_type if r.aggregate_id is not None else None for r in rows],
+            [r.aggregate_id for r in rows],
+            [r.seq for r in rows],
+            [p.reason for p in parked],
+            [p.detail for p in parked],
+            [fate[0] for fate in fates],
+            [fate[1] for fate in fates],
+            [fate[2] for fate in fates],
+        )
+
+    async def _delay(self, refused: Sequence[tuple[Parked, int]]) -> None:
+        if not refused:
+            return
+        fates = [self._fate(parked, attempts=attempts) for parked, attempts in refused]
+        await self._connection.execute(
+            query("delay_parked"),
+            [p.row.id for p, _ in refused],
+            [p.reason for p, _ in refused],
+            [p.detail for p, _ in refused],
+            [fate[0] for fate in fates],
+            [fate[1] for fate in fates],
+            [fate[2] for fate in fates],
+        )
+
+    def _fate(self, parked: Parked, *, attempts: int) -> tuple[str, int, float | None]:
+        """(state, attempts, delay in s) of a row that was refused `attempts` times."""
+        if attempts >= self._settings.max_attempts:
+            return "stuck", attempts, None
+        return "retrying", attempts, retry_delay_s(attempts, first_s=self._settings.retry_first_s, longest_s=self._settings.retry_max_s)

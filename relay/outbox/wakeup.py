@@ -1,0 +1,81 @@
+"""Falling asleep without losing a wake-up, and without a NOTIFY for each transaction under load.
+
+"Asleep" is the session lock S(shard), held exclusively by the sleeping relay. The insert trigger tries it shared: granted,
+the relay is awake and cannot fall asleep before that transaction has ended; refused, the trigger notifies. So the poll
+after S was granted sees every event whose producer did not notify.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from relay.errors import PostgresUnavailable
+from relay.postgres.connect import Connection
+from relay.postgres.errors import postgres_errors
+from relay.postgres.queries import query
+
+CHANNEL = "relay_outbox"
+WAKE_LOCK = 727002
+"""First key of the lock S, as in the trigger relay.outbox_assign; the second is the shard."""
+
+
+class Wakeup:
+    """The bed of one shard. Needs a direct connection that it shares with the ownership lock: they are lost together."""
+
+    def __init__(self, connection: Connection, *, shard: int) -> None:
+        self._connection = connection
+        self._shard = shard
+        self._asleep = False
+        self.event = asyncio.Event()
+        """Set by a notification of a producer, by the loss of the connection, or by whoever wants the sleeper up."""
+
+    async def listen(self) -> None:
+        """Start listening. Raises PostgresUnavailable."""
+        with postgres_errors():
+            self._connection.add_termination_listener(self._lost)
+            await self._connection.add_listener(CHANNEL, self._notified)
+
+    @property
+    def asleep(self) -> bool:
+        """True while S is ours: producers notify."""
+        return self._asleep
+
+    async def try_fall_asleep(self) -> bool:
+        """Try S. When it is granted, look once more for new rows before `wait`. When refused, producers are at work.
+
+        Never waits for the lock: a queued exclusive request would refuse every producer, and all would notify.
+        """
+        self.event.clear()
+        with postgres_errors():
+            self._asleep = bool(await self._connection.fetchval(query("try_wake_lock"), WAKE_LOCK, self._shard))
+        return self._asleep
+
+    async def wait(self, timeout_s: float) -> None:
+        """Wait for a producer's notification, at most `timeout_s` seconds. Raises PostgresUnavailable when the connection is gone."""
+        self.require_connection()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.event.wait()
+        except TimeoutError:
+            return
+        self.require_connection()
+
+    def require_connection(self) -> None:
+        """Raise PostgresUnavailable when the connection is gone: and with it the wake-ups, and the ownership of the shard."""
+        if self._connection.is_closed():
+            raise PostgresUnavailable("the connection that holds the shard's lock and listens was closed")
+
+    async def get_up(self) -> None:
+        """Release S: producers need not notify any more."""
+        if self._asleep:
+            self._asleep = False
+            with postgres_errors():
+                await self._connection.execute(query("release_wake_lock"), WAKE_LOCK, self._shard)
+
+    def _notified(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
+        if payload == str(self._shard):  # only a hint: what is new, the log says
+            self.event.set()
+
+    def _lost(self, _connection: Any) -> None:
+        self.event.set()

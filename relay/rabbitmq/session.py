@@ -1,0 +1,151 @@
+"""One plain connection to RabbitMQ: never the robust one, every wait bounded, errors told in relay's words.
+
+A session is crash-only: whatever goes wrong destroys it, and its owner starts the next one from what PostgreSQL says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aio_pika
+import aiormq
+import aiormq.exceptions
+from aiormq.connection import EXCEPTION_MAPPING as CONNECTION_CODES
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory
+from aiormq.channel import EXCEPTION_MAPPING as CHANNEL_CODES
+from yarl import URL
+
+from relay.errors import BrokerError, BrokerRefused, BrokerUnavailable
+from relay.settings import RabbitmqSettings
+
+CLOSE_TIMEOUT_S = 3.0
+"""Longest goodbye: aiormq drains its write buffer on close, which a blocked or half-open broker never takes."""
+
+_USER_TIMEOUT_MS = 15_000
+_REFUSED = (402, 403, 404, 405, 406, 530)
+
+
+class _Transport(aiormq.TransportFactory):
+    """aiormq's own transport, remembered: aiormq keeps no handle on it, and a half-open connection can only be cut by one."""
+
+    def __init__(self, inner: aiormq.TransportFactory) -> None:
+        self._inner = inner
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open the socket; let the kernel notice a dead peer as well: unacknowledged bytes end the connection."""
+        reader, self.writer = await self._inner.create(url, **kwargs)
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        return reader, self.writer
+
+
+class Session(aio_pika.Connection):
+    """aio-pika's plain connection, with a way to cut it."""
+
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        self._remembered = _Transport(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
+        self.kwargs["transport_factory"] = self._remembered  # a public attribute that aio-pika hands to aiormq.connect
+
+    def abort(self) -> None:
+        """Cut the socket at once: nothing that was confirmed is lost by it."""
+        if self._remembered.writer is not None:
+            self._remembered.writer.transport.abort()
+
+    @property
+    def closing(self) -> asyncio.Future[Any]:
+        """Done when the connection has ended; may carry CancelledError as its exception (the heartbeat died)."""
+        if self.transport is None:
+            raise BrokerUnavailable("the connection was never opened")
+        return self.transport.connection.closing
+
+
+async def connect(settings: RabbitmqSettings, *, name: str) -> Session:
+    """A new connection that appears under `name` in RabbitMQ's list. Raises BrokerRefused or BrokerUnavailable."""
+    url = URL(settings.url.get_secret_value()).update_query(heartbeat=str(settings.heartbeat_s), name=name)
+    with broker_errors(f"connecting to {_shown(url)}"):
+        async with asyncio.timeout(settings.connect_timeout_s):
+            connection = Session(url)
+            await connection.connect(timeout=settings.connect_timeout_s)
+    return connection
+
+
+async def close(connection: Session) -> None:
+    """Close within CLOSE_TIMEOUT_S; what remains is cut by dropping the socket. Never raises for the broker's sake."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await connection.close()
+    except (Exception, asyncio.CancelledError) as exc:
+        if isinstance(exc, asyncio.CancelledError) and _being_cancelled():
+            connection.abort()
+            raise
+        connection.abort()
+
+
+@contextmanager
+def broker_errors(doing: str) -> Iterator[None]:
+    """Within it, every error of aiormq or its socket leaves as a BrokerError with the original as its cause.
+
+    aiormq ends its waiting calls with CancelledError when the heartbeat dies; that is told apart from a real cancellation.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as exc:
+        if _being_cancelled():
+            raise
+        raise BrokerUnavailable(f"{doing}: the connection died (no heartbeat)") from exc
+    except Exception as exc:
+        if isinstance(exc, BrokerError) or (error := translated(exc, doing)) is None:
+            raise
+        raise error from exc
+
+
+def translated(exc: BaseException, doing: str) -> BrokerError | None:
+    """The relay error for an exception of aiormq or the socket; None if it is neither."""
+    if isinstance(exc, TimeoutError):
+        return BrokerUnavailable(f"{doing}: no answer in time")
+    if isinstance(exc, aiormq.exceptions.AMQPError):
+        code = reply_code(exc)
+        text = reply_text(exc)
+        if code in _REFUSED or isinstance(exc, aiormq.exceptions.ProbableAuthenticationError | aiormq.exceptions.IncompatibleProtocolError):
+            return BrokerRefused(f"{doing}: RabbitMQ refused: {text}", reply_code=code)
+        return BrokerUnavailable(f"{doing}: {text}", reply_code=code)
+    if isinstance(exc, OSError):
+        return BrokerUnavailable(f"{doing}: {exc.strerror or exc}")
+    if isinstance(exc, RuntimeError):  # aio-pika's own: "connection/channel is closed"
+        return BrokerUnavailable(f"{doing}: {exc}")
+    return None
+
+
+_CODES: dict[type[BaseException], int] = {
+    kind: code for codes in (CONNECTION_CODES, CHANNEL_CODES) for code, kind in codes.items()
+}
+
+
+def reply_code(exc: BaseException) -> int | None:
+    """The AMQP reply code of an aiormq exception: told by its class, or as its first argument."""
+    if (code := _CODES.get(type(exc))) is not None:
+        return code
+    first = exc.args[0] if exc.args else None
+    return first if isinstance(first, int) and 200 <= first < 600 else None
+
+
+def reply_text(exc: BaseException) -> str:
+    """What the broker said, on one line."""
+    text = " ".join(str(part) for part in (exc.args or (type(exc).__name__,)))
+    return " ".join(text.split())[:300]
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _shown(url: URL) -> str:
+    return str(url.with_user(None).with_password(None).with_query(None))

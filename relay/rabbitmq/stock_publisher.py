@@ -1,0 +1,181 @@
+"""The publisher seam on stock aio-pika: every message a task, confirms pipelined."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import aio_pika
+import aiormq.exceptions
+from aio_pika.abc import AbstractExchange
+from pamqp.commands import Basic
+
+from relay.errors import BrokerUnavailable
+from relay.message import MAX_BODY_BYTES, Message
+from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
+from relay.rabbitmq.session import Session, broker_errors, close, connect, reply_code, reply_text
+from relay.rabbitmq.topology import exchange
+from relay.settings import RabbitmqSettings
+
+_IN_FLIGHT = 500
+"""Messages sent and not yet confirmed. aiormq scans all of them for each multiple ack, so more is slower (PERFORMANCE A)."""
+
+_HEADER_ROOM = 131072 - 8 - 8192
+"""Largest header frame: frame_max less its envelope and less what a quorum queue adds on redelivery (FASTLANE 1.3).
+Larger properties close the connection, so they are refused before they are sent."""
+
+_MESSAGE_AT_FAULT = (311, 406, 501)
+"""Reply codes with which RabbitMQ closes a channel or connection because of one message, not because of us: content too
+large, precondition failed (larger than max_message_size), frame error."""
+
+
+class StockPublisher:
+    """Implements `relay.rabbitmq.contract.Publisher`. One channel on a connection of its own."""
+
+    def __init__(
+        self, session: Session, channel_closing: asyncio.Future[Any], target: AbstractExchange, confirm_timeout_s: float
+    ) -> None:
+        self._session = session
+        self._channel_closing = channel_closing
+        self._target = target
+        self._confirm_timeout_s = confirm_timeout_s
+        self._lost: BaseException | None = None
+
+    @classmethod
+    async def open(cls, settings: RabbitmqSettings, *, confirm_timeout_s: float, name: str) -> StockPublisher:
+        """Connect, open a confirm channel, see to the exchange. Raises BrokerRefused or BrokerUnavailable."""
+        session = await connect(settings, name=name)
+        try:
+            with broker_errors("opening a channel"):
+                async with asyncio.timeout(settings.connect_timeout_s):
+                    # aio-pika's default would report a returned message as a success.
+                    channel = await session.channel(publisher_confirms=True, on_return_raises=True)
+            target = await exchange(channel, settings)
+            closing = (await channel.get_underlay_channel()).closing
+        except BaseException:
+            await close(session)
+            raise
+        return cls(session, closing, target, confirm_timeout_s)
+
+    @property
+    def lost(self) -> BaseException | None:
+        """Why the session ended, None while it is usable."""
+        if self._lost is None and (self._session.closing.done() or self._channel_closing.done()):
+            self._lost = BrokerUnavailable("the connection to RabbitMQ has ended")
+        return self._lost
+
+    async def wait_lost(self) -> None:
+        """See the contract."""
+        await asyncio.wait([self._session.closing, self._channel_closing])
+
+    @property
+    def message_is_suspect(self) -> bool:
+        """See the contract."""
+        return self._lost is not None and _blames_the_message(self._lost)
+
+    async def publish(self, messages: Sequence[Message]) -> list[Outcome]:
+        """See the contract. aiormq attributes a returned message by its id, so the ids in flight must be distinct."""
+        if len({message.message_id for message in messages}) != len(messages):
+            raise ValueError("two messages of one batch have the same message_id")
+        if (lost := self.lost) is not None:
+            return [Unknown(str(lost))] * len(messages)
+        outcomes: list[Outcome] = []
+        for start in range(0, len(messages), _IN_FLIGHT):
+            outcomes += await self._publish_window(messages[start : start + _IN_FLIGHT])
+        return outcomes
+
+    async def close(self) -> None:
+        """See the contract."""
+        await close(self._session)
+
+    async def _publish_window(self, messages: Sequence[Message]) -> list[Outcome]:
+        """Tasks start in order and queue on the channel's lock in order, so the messages are written in order."""
+        if (lost := self.lost) is not None:
+            return [Unknown(str(lost))] * len(messages)
+        tasks = [asyncio.create_task(self._publish_one(message)) for message in messages]
+        try:
+            _, late = await asyncio.wait(tasks, timeout=self._confirm_timeout_s)
+        except asyncio.CancelledError:
+            self._end(BrokerUnavailable("publishing was cancelled"))
+            await _discard(tasks)
+            raise
+        if late:
+            self._end(BrokerUnavailable(f"{len(late)} messages were not confirmed within {self._confirm_timeout_s:g} s"))
+            await _discard(list(late))
+        return [self._outcome(task, len(messages)) for task in tasks]
+
+    async def _publish_one(self, message: Message) -> Outcome:
+        if (refused := _unsendable(message)) is not None:
+            return refused
+        try:
+            answer = await self._target.publish(_amqp(message), message.routing_key, mandatory=True)
+        except aiormq.exceptions.PublishError as exc:
+            return Returned(reply_text(exc))
+        except aiormq.exceptions.DeliveryError:
+            return Nacked()
+        except (ValueError, TypeError, OverflowError) as exc:  # pamqp cannot encode it; aiormq 7.2.4 takes its tag back
+            return Refused("unencodable", f"{type(exc).__name__}: {exc}"[:300])
+        return Confirmed() if isinstance(answer, Basic.Ack) else Unknown(f"unexpected answer {type(answer).__name__}")
+
+    def _outcome(self, task: asyncio.Task[Outcome], in_flight: int) -> Outcome:
+        """A task that ended with an exception, or as if cancelled (the heartbeat died), has no answer from the broker."""
+        if task.cancelled():
+            self._end(self._lost or BrokerUnavailable("the connection died (no heartbeat)"))
+            return Unknown(str(self._lost))
+        exc = task.exception()
+        if exc is None:
+            return task.result()
+        if in_flight == 1 and _blames_the_message(exc):
+            self._end(exc)
+            return Refused("refused", reply_text(exc))
+        self._end(exc)
+        return Unknown(reply_text(exc))
+
+    def _end(self, cause: BaseException) -> None:
+        """A session that failed once is never used again: cut it, so that nothing waits on it any more."""
+        if self._lost is None:
+            self._lost = cause
+        self._session.abort()
+
+
+async def _discard(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
+    """End the tasks of a session that is cut already; what they raise is the session's end told again."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _blames_the_message(exc: BaseException) -> bool:
+    code = reply_code(exc)
+    return code in _MESSAGE_AT_FAULT or (code == 403 and "topic" in reply_text(exc))
+
+
+def _unsendable(message: Message) -> Refused | None:
+    """What must be refused before it is sent, because the broker would close the connection over it."""
+    if len(message.body) > MAX_BODY_BYTES:
+        return Refused("too_large", f"the body is {len(message.body)} bytes, the limit is {MAX_BODY_BYTES}")
+    try:
+        key = len(message.routing_key.encode())
+        size = sum(len(k.encode()) + len(str(v).encode()) + 16 for k, v in message.headers.items())
+        texts = [len(t.encode()) for t in (message.message_id, message.event_type, message.source, message.content_type)]
+    except UnicodeEncodeError as exc:
+        return Refused("unencodable", f"not valid Unicode: {exc.reason}")
+    if key > 255 or max(texts) > 255:
+        return Refused("unencodable", f"the routing key or a property is longer than 255 bytes (routing key: {key})")
+    if size > _HEADER_ROOM - 1024:
+        return Refused("too_large", f"the headers are about {size} bytes, the limit is {_HEADER_ROOM - 1024}")
+    return None
+
+
+def _amqp(message: Message) -> aio_pika.Message:
+    return aio_pika.Message(
+        message.body,
+        message_id=message.message_id,
+        type=message.event_type,
+        app_id=message.source,
+        timestamp=message.occurred_at,
+        content_type=message.content_type,
+        headers=dict(message.headers),
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,  # aio-pika's default is not
+    )
