@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from relay.errors import ConfigError
+from relay.errors import ConfigError, PostgresRefused, PrivilegeError
 from relay.outbox.lease import Ownership, wait_for_ownership
 from relay.outbox.reader import Reader
 from relay.outbox.shard import Progress, Shard
@@ -28,6 +28,9 @@ from relay.settings import Settings
 from relay.supervisor import supervise
 
 log = structlog.get_logger()
+
+_WRONG_AT_START = (PrivilegeError, PostgresRefused)
+"""A running daemon waits for rights or a password to come back; one that starts without them was set up wrongly."""
 
 
 @dataclass(slots=True)
@@ -66,7 +69,10 @@ class Outbox:
                 with postgres_errors():
                     found.extend(r["shard"] for r in await opened.fetch(query("list_shards")))
 
-        await supervise(look, name="start", settings=self.settings.daemon, stop=self.stop, log=log)
+        async def patiently() -> None:
+            await self._until_stopped(look())
+
+        await supervise(patiently, name="start", settings=self.settings.daemon, stop=self.stop, log=log, fatal=_WRONG_AT_START)
         return found
 
     async def _supervised(self, shard: int, source: str, drain: bool) -> None:
@@ -123,6 +129,7 @@ class Outbox:
             reader=Reader(reading, shard=ownership.shard, page_rows=settings.page_rows, page_bytes=settings.page_bytes),
             store=Store(reading, shard=ownership.shard, epoch=ownership.epoch, settings=settings),
             publisher=publisher,
+            probe=lambda: self._publisher(ownership.shard),
             wakeup=wakeup,
             settings=settings,
             source=source,

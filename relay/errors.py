@@ -5,7 +5,8 @@
       InputError             an event that a caller handed over cannot be accepted         exit 6
       PostgresError
         SchemaError          relay's tables are missing, older or newer than this program  exit 3
-        PrivilegeError       the role may not do what relay needs                          exit 4
+        PrivilegeError       the role may not do what relay needs               retryable  exit 4
+        PostgresRefused      wrong user, password or database                   retryable  exit 4
         PoolerError          a connection pooler stands where a session is needed          exit 2
         PostgresUnavailable  cannot connect, or the connection broke            retryable  exit 5
         LeaseLost            another relay owns the shard now                   retryable  exit 5
@@ -16,7 +17,8 @@
         HandlerError         a handler broke its contract (committed, lost its transaction)
       SandboxError           a throwaway server could not be started                       exit 7
 
-A *retryable* error ends a session; the supervisor starts the next one after a back-off.
+A *retryable* error ends a session; the supervisor starts the next one after a back-off. What exits with 4 is retried
+only by a daemon that was running already (rights revoked, password rotated): at its start it ends the program.
 The exit codes are a contract, listed in the README.
 """
 
@@ -62,6 +64,13 @@ class SchemaError(PostgresError):
 
 class PrivilegeError(PostgresError):
     """The database role lacks a privilege that relay needs."""
+
+    exit_code = 4
+    retryable = True
+
+
+class PostgresRefused(PostgresError):
+    """PostgreSQL answered and did not let us in: wrong user, password or database."""
 
     exit_code = 4
     retryable = True

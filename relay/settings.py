@@ -228,8 +228,8 @@ def _is_section(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, _Section)
 
 
-# Read by other parts of the program (sandbox, tests, completion), not settings.
-_NOT_SETTINGS = re.compile(r"^RELAY_(SANDBOX|TEST|BENCH|DEMO)_|^RELAY_(CONFIG|FAIL)$")
+# Read by other parts of the program (sandbox, tests), or put there by Kubernetes for a Service named relay: not settings.
+_NOT_SETTINGS = re.compile(r"^RELAY_(SANDBOX|TEST)_|^RELAY_CONFIG$|^RELAY_(\w+_)?(SERVICE|PORT)(_|$)")
 
 
 def _from_environ(environ: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 from tenacity import RetryCallState, Retrying
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_exponential, wait_random
 
 from relay.errors import RelayError
 from relay.settings import DaemonSettings
@@ -17,11 +17,11 @@ HEALTHY_S = 30.0
 
 
 async def supervise(
-    session: Callable[[], Awaitable[None]], *, name: str, settings: DaemonSettings, stop: asyncio.Event, log: structlog.typing.FilteringBoundLogger
+    session: Callable[[], Awaitable[None]], *, name: str, settings: DaemonSettings, stop: asyncio.Event, log: structlog.typing.FilteringBoundLogger, fatal: tuple[type[RelayError], ...] = ()
 ) -> None:
     """Run `session` until it returns or `stop` is set; after a retryable error run it again after a back-off.
 
-    Raises whatever is not retryable: a wrong setting does not become right by waiting.
+    Raises whatever is not retryable, or is `fatal` here: a wrong setting does not become right by waiting.
     """
     backoff = Backoff(settings)
     while not stop.is_set():
@@ -29,7 +29,7 @@ async def supervise(
         try:
             await session()
         except RelayError as exc:
-            if not exc.retryable:
+            if not exc.retryable or isinstance(exc, fatal):
                 raise
             if asyncio.get_running_loop().time() - started > HEALTHY_S:
                 backoff = Backoff(settings)
@@ -54,11 +54,11 @@ class Backoff:
     """Delays that double with jitter, from tenacity's own arithmetic."""
 
     def __init__(self, settings: DaemonSettings) -> None:
-        self._wait = wait_exponential_jitter(initial=settings.backoff_first_s, max=settings.backoff_max_s, jitter=settings.backoff_first_s)
+        self._wait = wait_exponential(multiplier=settings.backoff_first_s, max=settings.backoff_max_s) + wait_random(0, settings.backoff_first_s)
         self._state = RetryCallState(Retrying(), None, (), {})
 
     def next_s(self) -> float:
         """Seconds to wait before the next attempt."""
         delay_s = self._wait(self._state)
         self._state.attempt_number += 1
-        return delay_s
+        return float(delay_s)

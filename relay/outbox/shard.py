@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 import structlog
 
 from relay.errors import BrokerUnavailable
-from relay.message import Aggregate, Row
+from relay.message import Aggregate, Message, Row
 from relay.outbox.cursor import Page
 from relay.outbox.lease import Ownership
 from relay.outbox.parking import Parked, refusal, settle, waves
@@ -55,6 +56,7 @@ class Shard:
         reader: Reader,
         store: Store,
         publisher: Publisher,
+        probe: Callable[[], AbstractAsyncContextManager[Publisher]],
         wakeup: Wakeup,
         settings: OutboxSettings,
         source: str,
@@ -64,6 +66,7 @@ class Shard:
         self._reader = reader
         self._store = store
         self._publisher = publisher
+        self._probe = probe
         self._wakeup = wakeup
         self._settings = settings
         self._source = source
@@ -163,8 +166,10 @@ class Shard:
     async def _send(self, rows: Sequence[Row]) -> list[Outcome]:
         if not rows:
             return []
-        messages = [route(row, source=self._source, template=self._settings.routing_key) for row in rows]
-        return await self._publisher.publish(messages)
+        return await self._publisher.publish([self._message(row) for row in rows])
+
+    def _message(self, row: Row) -> Message:
+        return route(row, source=self._source, template=self._settings.routing_key)
 
     async def _checkpoint(self, parked: Sequence[Parked], *, force: bool) -> None:
         """Write the cursor: at once with what must be parked, otherwise now and then (a crash repeats what came since)."""
@@ -264,13 +269,14 @@ class Shard:
         self._progress.careful_retry = False
 
     async def _send_parked(self, rows: Sequence[Row], alone: AbstractSet[int]) -> list[Outcome]:
-        """In one go, except what closed the channel before: that is sent with nothing beside it."""
+        """In one go, except what closed the channel before: that is sent one by one, on a connection that live traffic does not use."""
         if self._progress.careful_retry:
             alone = {row.id for row in rows}
         together = [row for row in rows if row.id not in alone]
         outcomes = await self._send(together)
         for row in rows[len(together) :]:
-            outcomes += await self._send([row])
+            async with self._probe() as publisher:
+                outcomes += await publisher.publish([self._message(row)])
         return outcomes
 
     def _over_parked_limit(self) -> bool:
@@ -299,6 +305,7 @@ class Shard:
         elif self._wakeup.asleep:
             await self._save()
             self._progress.sleeps += 1
+            self._progress.changed.set()
             await self._wakeup.wait(self._until_retry(self._settings.poll_interval_s))
             await self._get_up()
         elif now - self._idle_since < _LINGER_S or not await self._wakeup.try_fall_asleep():

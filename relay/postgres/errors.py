@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import asyncpg
 
-from relay.errors import PostgresError, PostgresUnavailable, PrivilegeError, SchemaError
+from relay.errors import PostgresError, PostgresRefused, PostgresUnavailable, PrivilegeError, SchemaError
 
 _SCHEMA_STATES = {"3F000", "42P01", "42703", "42883"}  # no such schema, table, column, function
 _REFUSED_STATES = {"28000", "28P01", "3D000"}  # authorisation, password, no such database
@@ -24,9 +24,9 @@ def translated(exc: BaseException) -> PostgresError | None:
         if state == "42501":
             return PrivilegeError(f"{text}. Grant the role that relay logs in as one of the roles in sql/roles.sql.", sqlstate=state)
         if state in _REFUSED_STATES:
-            return PostgresUnavailable(f"PostgreSQL refused the login: {text}. Check postgres.dsn.", sqlstate=state)
+            return PostgresRefused(f"PostgreSQL refused the login: {text}. Check postgres.dsn.", sqlstate=state)
         return PostgresUnavailable(f"PostgreSQL said: {text} (SQLSTATE {state})", sqlstate=state)
-    if isinstance(exc, asyncpg.InterfaceError):
+    if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):  # the latter: cut in the middle of an exchange
         return PostgresUnavailable(f"the connection to PostgreSQL is not usable: {exc}")
     if isinstance(exc, TimeoutError | asyncio.TimeoutError):
         return PostgresUnavailable("PostgreSQL did not answer in time")

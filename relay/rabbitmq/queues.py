@@ -22,6 +22,8 @@ _DEAD_DELIVERY_LIMIT = 1_000_000
 """RabbitMQ 4 drops a message after 20 deliveries where no limit is set; an operator who looks at dead letters and puts them
 back must not lose them that way. (-1, for none, is refused by RabbitMQ 3.)"""
 
+_ACCESS_REFUSED = 403
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InboxQueue:
@@ -70,11 +72,17 @@ async def ensure_queue(connection: Session, settings: RabbitmqSettings, queue: I
 
 async def _declare(channel: AbstractChannel, underlay: Underlay, settings: RabbitmqSettings, queue: InboxQueue) -> None:
     await exchange(channel, settings)
-    await _explained(lambda: underlay.exchange_declare(DEAD_EXCHANGE, exchange_type="direct", durable=True), "exchange", DEAD_EXCHANGE)
-    dead = {"x-queue-type": "quorum", "x-delivery-limit": _DEAD_DELIVERY_LIMIT}
+    await _explained(
+        lambda: underlay.exchange_declare(DEAD_EXCHANGE, exchange_type="direct", durable=True),
+        "exchange",
+        DEAD_EXCHANGE,
+    )
+    dead: dict[str, Any] = {"x-queue-type": "quorum", "x-delivery-limit": _DEAD_DELIVERY_LIMIT}
     await _explained(lambda: underlay.queue_declare(queue.dead, durable=True, arguments=dead), "queue", queue.dead)
     await underlay.queue_bind(queue.dead, DEAD_EXCHANGE, queue.name)
-    await _explained(lambda: underlay.queue_declare(queue.name, durable=True, arguments=queue.arguments), "queue", queue.name)
+    await _explained(
+        lambda: underlay.queue_declare(queue.name, durable=True, arguments=queue.arguments), "queue", queue.name
+    )
     for pattern in queue.bindings:
         await underlay.queue_bind(queue.name, settings.exchange, pattern)
 
@@ -94,14 +102,15 @@ async def _explained(declare: Callable[[], Awaitable[object]], kind: str, name: 
 
 
 def _advice(code: int | None, kind: str, name: str) -> str | None:
-    match code:
-        case 406:
-            return (
-                f"the {kind} {name!r} exists with other arguments: when it is empty delete it and let relay declare it, or set "
-                "inbox.queue to another name, or rabbitmq.declare_topology = false to use it as it is"
-            )
-        case 404:
-            return f"the {kind} {name!r} does not exist: create it, or set rabbitmq.declare_topology = true"
-        case 403:
-            return f"no permission to declare the {kind} {name!r}: grant configure, or set rabbitmq.declare_topology = false"
+    if code == PRECONDITION_FAILED:
+        return (
+            f"the {kind} {name!r} exists with other arguments: when it is empty delete it and let relay declare it, or set "
+            "inbox.queue to another name, or rabbitmq.declare_topology = false to use it as it is"
+        )
+    if code == NOT_FOUND:
+        return f"the {kind} {name!r} does not exist: create it, or set rabbitmq.declare_topology = true"
+    if code == _ACCESS_REFUSED:
+        return (
+            f"no permission to declare the {kind} {name!r}: grant configure, or set rabbitmq.declare_topology = false"
+        )
     return None

@@ -7,12 +7,14 @@ SELECT shard FROM relay.outbox_cursor ORDER BY shard
 
 -- name: take_ownership
 -- Raises the fence: from now on only this epoch may move the shard's cursor.
+-- from_the_future: the cursor, or a row of the log, has a transaction id that this cluster has not come to. Such a row would be new for ever.
 -- $1 shard, $2 owner (text, for people)
 UPDATE relay.outbox_cursor SET epoch = epoch + 1, owner = $2, updated_at = now()
 WHERE shard = $1
 RETURNING epoch, source, cluster_id, high_id, after_id,
   snapshot::text AS snapshot, window_snapshot::text AS window_snapshot,
-  pg_snapshot_xmax(snapshot) > pg_snapshot_xmax(pg_current_snapshot()) AS from_the_future,
+  pg_snapshot_xmax(snapshot) > pg_snapshot_xmax(pg_current_snapshot())
+    OR EXISTS (SELECT FROM relay.outbox o WHERE o.shard = $1 AND o.xid >= pg_snapshot_xmax(pg_current_snapshot())) AS from_the_future,
   (SELECT system_identifier FROM pg_control_system()) AS current_cluster_id
 
 -- name: name_source
@@ -159,18 +161,17 @@ SELECT aggregate_type, aggregate_id FROM head
 LOCK TABLE relay.outbox IN SHARE ROW EXCLUSIVE MODE
 
 -- name: rebase
--- After a restore into another cluster: what was not published gets a transaction id of this one. What was, an id no reader looks at.
+-- After a restore into another cluster: what was not published gets a transaction id of this one. What was, or is parked, an id no reader looks at.
 -- Published is: visible in the cursor (its snapshot, or its window up to after_id) and not above high_id.
 -- $1 shard
-WITH cursor AS (SELECT * FROM relay.outbox_cursor WHERE shard = $1), log AS (
-  SELECT o.id, o.slot, o.id <= c.high_id AND (
-      pg_visible_in_snapshot(o.xid, c.snapshot)
-      OR (c.window_snapshot IS NOT NULL AND o.id <= c.after_id AND pg_visible_in_snapshot(o.xid, c.window_snapshot))
-    ) AS published
-  FROM relay.outbox o CROSS JOIN cursor c WHERE o.shard = $1
-)
-UPDATE relay.outbox o SET xid = CASE WHEN log.published THEN '3'::xid8 ELSE pg_current_xact_id() END
-FROM log WHERE o.shard = $1 AND o.id = log.id AND o.slot = log.slot
+UPDATE relay.outbox o
+SET xid = CASE WHEN o.id <= c.high_id AND (
+                      pg_visible_in_snapshot(o.xid, c.snapshot)
+                      OR (c.window_snapshot IS NOT NULL AND o.id <= c.after_id AND pg_visible_in_snapshot(o.xid, c.window_snapshot)))
+                 OR o.id IN (SELECT p.id FROM relay.outbox_parked p)
+               THEN '3'::xid8 ELSE pg_current_xact_id() END
+FROM relay.outbox_cursor c
+WHERE c.shard = $1 AND o.shard = $1
 
 -- name: rebase_cursor
 -- The cursor of a re-based shard: a snapshot of this cluster in which this transaction is still in progress.

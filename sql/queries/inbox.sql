@@ -1,0 +1,182 @@
+-- Everything the inbox asks of PostgreSQL, in the order a batch meets it.
+-- Each block is named; $n are listed with their types, since asyncpg binds by position.
+
+-- name: probe_inbox
+-- Fails if this role may not write, or the server only reads: found out before any message is taken. Rolled back by the caller.
+-- $1 consumer
+WITH a AS (INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq) VALUES ($1, '', '', '', 0)
+           ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO UPDATE SET last_seq = excluded.last_seq),
+     s AS (INSERT INTO relay.inbox_seen (consumer, source, message_id) VALUES ($1, '', '') ON CONFLICT DO NOTHING),
+     d AS (DELETE FROM relay.inbox_seen WHERE false),
+     h AS (INSERT INTO relay.inbox_held (consumer, source, message_id, event_type, content_type, body, digest, reason, state)
+           SELECT $1, '', '', '', '', '', '', 'early', 'waiting' WHERE false),
+     q AS (INSERT INTO relay.inbox_quarantine (consumer, reason, detail, exchange, routing_key, properties, body)
+           SELECT $1, 'foreign', '', '', '', '{}', '' WHERE false)
+DELETE FROM relay.inbox_held WHERE false
+
+-- name: end_backend
+-- Ends a session of ours that we cut off, and waits for its end. The name guards against a process id that was given out again.
+-- $1 process id, $2 application name, $3 time-out (bigint, ms)
+SELECT pg_terminate_backend(pid, $3) FROM pg_stat_activity
+WHERE pid = $1 AND application_name = left($2, 63) AND datname = current_database() AND usename = current_user
+
+-- name: transaction_id
+-- The transaction we are in: a handler that ended it leaves another one, or none.
+SELECT pg_current_xact_id()::text
+
+-- name: lock_cursors
+-- The cursors of a batch, locked in one order by everybody. Every decision about an aggregate is made under this lock.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[])
+SELECT aggregate_id, last_seq, last_digest, blocked
+FROM relay.inbox_aggregate
+WHERE consumer = $1 AND source = $2 AND aggregate_type = $3 AND aggregate_id = ANY ($4::text[])
+ORDER BY aggregate_id COLLATE "C"
+FOR UPDATE
+
+-- name: create_cursors
+-- Cursors of aggregates never seen before: two consumers must not apply number 1 both, nor one hold number 2 unseen while
+-- the other applies number 1. Returns those that are ours now; waits for a consumer that is creating the same one.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[], sorted by bytes)
+INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq)
+SELECT $1, $2, $3, id, 0 FROM unnest($4::text[]) AS id
+ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO NOTHING
+RETURNING aggregate_id
+
+-- name: insert_seen
+-- Returns the ids that were not seen before: theirs are the messages to apply.
+-- $1 consumer, $2 sources (text[]), $3 message ids (text[], sorted with their sources)
+INSERT INTO relay.inbox_seen (consumer, source, message_id)
+SELECT $1, s.source, s.message_id FROM unnest($2::text[], $3::text[]) AS s (source, message_id)
+ON CONFLICT (message_id, source, consumer) DO NOTHING
+RETURNING source, message_id
+
+-- name: held_successors
+-- What is held without a gap after each of these aggregates' cursors: at most $6 of each, and a bounded number of bytes in all.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[]), $5 their last seq (bigint[]), $6 rows, $7 bytes
+SELECT id, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers::text AS headers, body,
+       digest, occurred_at, attempts
+FROM (
+  SELECT run.*, sum(octet_length(run.body)) OVER (ORDER BY run.aggregate_id, run.seq) - octet_length(run.body) AS bytes_before
+  FROM unnest($4::text[], $5::bigint[]) AS c (aggregate_id, last_seq)
+  CROSS JOIN LATERAL (
+    SELECT h.*, h.seq - row_number() OVER (ORDER BY h.seq) AS base FROM relay.inbox_held h
+    WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = $3 AND h.source = $2 AND h.consumer = $1
+      AND h.seq > c.last_seq AND h.seq <= c.last_seq + $6::integer
+  ) AS run
+  WHERE run.base = c.last_seq
+) AS runs
+WHERE bytes_before < $7
+ORDER BY aggregate_id, seq
+
+-- name: due_held
+-- Which held messages are to be tried now. Not locked: `lock_due_held` looks again, under the cursors' locks.
+-- $1 consumer, $2 rows, $3 bytes
+SELECT id, source, aggregate_type, aggregate_id, seq, message_id
+FROM (
+  SELECT d.*, sum(octet_length(d.body)) OVER (ORDER BY d.next_attempt_at, d.id) - octet_length(d.body) AS bytes_before
+  FROM (
+    SELECT * FROM relay.inbox_held
+    WHERE consumer = $1 AND state = 'retrying' AND next_attempt_at <= clock_timestamp()
+    ORDER BY next_attempt_at LIMIT $2
+  ) AS d
+) AS due
+WHERE bytes_before < $3
+ORDER BY next_attempt_at, id
+
+-- name: lock_due_held
+-- $1 consumer, $2 ids (bigint[])
+SELECT id, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers::text AS headers, body,
+       digest, occurred_at, attempts
+FROM relay.inbox_held
+WHERE consumer = $1 AND id = ANY ($2::bigint[]) AND state = 'retrying' AND next_attempt_at <= clock_timestamp()
+ORDER BY id
+FOR UPDATE SKIP LOCKED
+
+-- name: next_due
+-- Seconds until the next held message is to be tried; null if none is waiting for its time.
+-- $1 consumer
+SELECT extract(epoch FROM min(next_attempt_at) - clock_timestamp())::double precision
+FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
+
+-- name: write_cursors
+-- An upsert, though every row exists and is locked: there is no join for the planner to turn round.
+-- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), $5 last seqs (bigint[]),
+-- $6 last digests (bytea[]), $7 blocked (boolean[])
+INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
+SELECT $1, c.* FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::bytea[], $7::boolean[]) AS c
+ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
+DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
+
+-- name: delete_held_through
+-- Held messages that have been applied, or were overtaken.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[]), $5 their last seq (bigint[])
+DELETE FROM relay.inbox_held h
+USING unnest($4::text[], $5::bigint[]) AS c (aggregate_id, last_seq)
+WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = $3 AND h.source = $2 AND h.consumer = $1 AND h.seq <= c.last_seq
+
+-- name: delete_held
+-- $1 ids (bigint[])
+DELETE FROM relay.inbox_held WHERE id = ANY ($1::bigint[])
+
+-- name: insert_held
+-- Returns what was not held before. The delay runs from now by the database's clock.
+-- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), $5 seqs (bigint[]),
+-- $6 message ids (text[]), $7 event types (text[]), $8 content types (text[]), $9 headers (text[], JSON), $10 bodies (bytea[]),
+-- $11 digests (bytea[]), $12 occurred at (timestamptz[]), $13 reasons (text[]), $14 states (text[]), $15 attempts (integer[]),
+-- $16 errors (text[]), $17 delays (double precision[], seconds; null: no next attempt)
+INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers,
+                              body, digest, occurred_at, reason, state, attempts, error, next_attempt_at)
+SELECT $1, h.source, h.aggregate_type, h.aggregate_id, h.seq, h.message_id, h.event_type, h.content_type, h.headers::jsonb,
+       h.body, h.digest, h.occurred_at, h.reason, h.state, h.attempts, h.error,
+       clock_timestamp() + make_interval(secs => h.delay)
+FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[], $10::bytea[],
+            $11::bytea[], $12::timestamptz[], $13::text[], $14::text[], $15::integer[], $16::text[], $17::double precision[])
+  AS h (source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers, body, digest, occurred_at,
+        reason, state, attempts, error, delay)
+ON CONFLICT DO NOTHING
+RETURNING source, aggregate_type, aggregate_id, seq, message_id
+
+-- name: held_digest
+-- What is held already under a number.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate id, $5 seq
+SELECT id, digest, event_type FROM relay.inbox_held
+WHERE consumer = $1 AND source = $2 AND aggregate_type = $3 AND aggregate_id = $4 AND seq = $5
+
+-- name: replace_held
+-- A tombstone takes the place of a held message, which its producer's operator skipped or purged.
+-- $1 id, $2 message id, $3 event type, $4 content type, $5 headers (text, JSON), $6 body, $7 digest
+UPDATE relay.inbox_held
+SET message_id = $2, event_type = $3, content_type = $4, headers = $5::text::jsonb, body = $6, digest = $7
+WHERE id = $1
+
+-- name: update_held
+-- How a message that was held already fared.
+-- $1 ids (bigint[]), $2 reasons (text[]), $3 states (text[]), $4 attempts (integer[]), $5 errors (text[]; null: keep),
+-- $6 delays (double precision[], seconds; null: no next attempt)
+UPDATE relay.inbox_held h
+SET reason = u.reason, state = u.state, attempts = u.attempts, error = coalesce(u.error, h.error),
+    next_attempt_at = clock_timestamp() + make_interval(secs => u.delay)
+FROM unnest($1::bigint[], $2::text[], $3::text[], $4::integer[], $5::text[], $6::double precision[])
+  AS u (id, reason, state, attempts, error, delay)
+WHERE h.id = u.id
+
+-- name: insert_quarantine
+-- $1 consumer, $2 reasons (text[]), $3 details (text[]), $4 message ids (text[]), $5 exchanges (text[]), $6 routing keys (text[]),
+-- $7 properties (text[], JSON), $8 bodies (bytea[])
+INSERT INTO relay.inbox_quarantine (consumer, reason, detail, message_id, exchange, routing_key, properties, body)
+SELECT $1, q.reason, q.detail, q.message_id, q.exchange, q.routing_key, q.properties::jsonb, q.body
+FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[])
+  AS q (reason, detail, message_id, exchange, routing_key, properties, body)
+
+-- name: purge_seen
+-- Forgets ids that are older than the retention, a bounded number at a time; never the id of a message that is still held.
+-- $1 consumer, $2 retention (double precision, seconds), $3 rows
+DELETE FROM relay.inbox_seen s
+USING (
+  SELECT o.message_id, o.source, o.consumer FROM relay.inbox_seen o
+  WHERE o.consumer = $1 AND o.seen_at < now() - make_interval(secs => $2)
+    AND NOT EXISTS (SELECT FROM relay.inbox_held h
+                    WHERE h.message_id = o.message_id AND h.source = o.source AND h.consumer = o.consumer)
+  ORDER BY o.seen_at LIMIT $3
+) AS old
+WHERE s.message_id = old.message_id AND s.source = old.source AND s.consumer = old.consumer
