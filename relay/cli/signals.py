@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import click
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,11 +29,7 @@ def stop_on_signals(grace_s: float | None = None) -> Iterator[asyncio.Event]:
             os._exit(128 + number)  # nothing is awaited any more: what is unconfirmed is done again by the next start
         stop.set()
         within = "" if grace_s is None else f" within {grace_s:g} s"
-        print(
-            f"relay: {number.name}: finishing what is in hand{within}; once more to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )  # noqa: T201
+        click.echo(f"relay: {number.name}: finishing what is in hand{within}; once more to stop at once", err=True)
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, received, number)

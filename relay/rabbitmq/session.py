@@ -113,7 +113,9 @@ def translated(exc: BaseException, doing: str) -> BrokerError | None:
     if isinstance(exc, aiormq.exceptions.AMQPError):
         code = reply_code(exc)
         text = reply_text(exc)
-        if code in _REFUSED or isinstance(exc, aiormq.exceptions.ProbableAuthenticationError | aiormq.exceptions.IncompatibleProtocolError):
+        if code in _REFUSED or isinstance(
+            exc, aiormq.exceptions.ProbableAuthenticationError | aiormq.exceptions.IncompatibleProtocolError
+        ):
             return BrokerRefused(f"{doing}: RabbitMQ refused: {text}", reply_code=code)
         return BrokerUnavailable(f"{doing}: {text}", reply_code=code)
     if isinstance(exc, OSError):

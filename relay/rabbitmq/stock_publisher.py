@@ -101,7 +101,9 @@ class StockPublisher:
             await _discard(tasks)
             raise
         if late:
-            self._end(BrokerUnavailable(f"{len(late)} messages were not confirmed within {self._confirm_timeout_s:g} s"))
+            self._end(
+                BrokerUnavailable(f"{len(late)} messages were not confirmed within {self._confirm_timeout_s:g} s")
+            )
             await _discard(list(late))
         return [self._outcome(task, len(messages)) for task in tasks]
 
@@ -158,7 +160,9 @@ def _unsendable(message: Message) -> Refused | None:
     try:
         key = len(message.routing_key.encode())
         size = sum(len(k.encode()) + len(str(v).encode()) + 16 for k, v in message.headers.items())
-        texts = [len(t.encode()) for t in (message.message_id, message.event_type, message.source, message.content_type)]
+        texts = [
+            len(t.encode()) for t in (message.message_id, message.event_type, message.source, message.content_type)
+        ]
     except UnicodeEncodeError as exc:
         return Refused("unencodable", f"not valid Unicode: {exc.reason}")
     if key > 255 or max(texts) > 255:

@@ -32,6 +32,7 @@ async def exchange(channel: AbstractChannel, settings: RabbitmqSettings) -> Abst
             ) from exc
         if exc.reply_code == NOT_FOUND:
             raise BrokerRefused(
-                f"the exchange {name!r} does not exist: create it, or set rabbitmq.declare_topology = true", reply_code=exc.reply_code
+                f"the exchange {name!r} does not exist: create it, or set rabbitmq.declare_topology = true",
+                reply_code=exc.reply_code,
             ) from exc
         raise

@@ -35,11 +35,12 @@ CREATE TABLE relay.inbox_held (
   error           text,
   held_at         timestamptz NOT NULL DEFAULT now(),
   next_attempt_at timestamptz,
-  -- early: its predecessor is missing; behind: its predecessor is held; failed: its handler raised
+  -- early: its predecessor is missing; behind: its predecessor is held, or was until now; failed: its handler raised
   CONSTRAINT inbox_held_reason_is_known CHECK (reason IN ('early', 'behind', 'failed')),
-  -- waiting: for its predecessor; retrying: tried again at next_attempt_at; stuck: waits for an operator
+  -- waiting: for its predecessor; retrying: tried (again) at next_attempt_at; stuck: waits for an operator
   CONSTRAINT inbox_held_state_is_known CHECK (state IN ('waiting', 'retrying', 'stuck')),
-  CONSTRAINT inbox_held_failed_is_retried_or_stuck CHECK ((reason = 'failed') = (state <> 'waiting')),
+  CONSTRAINT inbox_held_failed_is_retried_or_stuck
+    CHECK (CASE reason WHEN 'early' THEN state = 'waiting' WHEN 'behind' THEN state <> 'stuck' ELSE state <> 'waiting' END),
   CONSTRAINT inbox_held_retrying_has_a_time CHECK ((state = 'retrying') = (next_attempt_at IS NOT NULL)),
   CONSTRAINT inbox_held_seq_goes_with_an_aggregate CHECK ((seq IS NULL) = (aggregate_id IS NULL)),
   CONSTRAINT inbox_held_attempts_count_up CHECK (attempts >= 0)

@@ -1,0 +1,210 @@
+"""The inbox daemon: receive -> understand -> apply -> acknowledge after the commit, in crash-only sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from relay.errors import PostgresUnavailable
+from relay.inbox.apply import Applier
+from relay.inbox.database import Database
+from relay.inbox.handlers import Inbox
+from relay.inbox.sequencer import Arrival
+from relay.inbox.stats import Stats
+from relay.inbox.store import Stranger
+from relay.inbox.work import Batch, Rules
+from relay.message import Delivery, NotAnEvent, to_event
+from relay.rabbitmq.contract import Consumer
+from relay.rabbitmq.queues import InboxQueue
+from relay.rabbitmq.stock_consumer import StockConsumer
+from relay.settings import Settings
+from relay.supervisor import supervise, until_stopped
+
+log = structlog.get_logger()
+
+LOOK_INTERVAL_S = 10.0
+"""Longest time between two looks for held messages that are due: another consumer may have left them, or an operator."""
+
+_IDLE_RETRY_S = 0.5
+"""Least time between two retry passes when the first found nothing to do: somebody else is at it."""
+
+_PURGE_INTERVAL_S = 60.0
+
+OnCommit = Callable[[Stats], None]
+
+
+async def run(
+    inbox: Inbox, settings: Settings, *, stop: asyncio.Event | None = None, on_commit: OnCommit | None = None
+) -> Stats:
+    """Apply events with the handlers of `inbox` until `stop` is set; return what was done in all.
+
+    Reconnects by itself. After `stop` the batch in hand is finished and acknowledged, within `daemon.shutdown_grace_s`.
+    `on_commit` is called after each committed batch with its counts, before the acknowledgement. Installs no signal
+    handlers. Cancelling it rolls back what is not committed. Raises what waiting does not heal: SchemaError,
+    PoolerError, ConfigError, and whatever `on_commit` raises.
+    """
+    daemon = _Daemon(inbox, settings, stop or asyncio.Event(), on_commit or (lambda _: None))
+    await supervise(daemon.session, name="inbox", settings=settings.daemon, stop=daemon.stop, log=log)
+    return daemon.total
+
+
+class _Daemon:
+    def __init__(self, inbox: Inbox, settings: Settings, stop: asyncio.Event, on_commit: OnCommit) -> None:
+        self.stop = stop
+        self.total = Stats()
+        self._settings = settings
+        self._on_commit = on_commit
+        self._rules = Rules(consumer=settings.inbox.consumer or inbox.name, inbox=inbox, settings=settings.inbox)
+        self._queue = InboxQueue(
+            name=settings.inbox.queue or self._rules.consumer,
+            bindings=settings.inbox.bindings,
+            delivery_limit=settings.inbox.delivery_limit,
+        )
+
+    async def session(self) -> None:
+        """One session, ended by `stop` (within the grace period) or by an error."""
+        grace_s = self._settings.daemon.shutdown_grace_s
+        await until_stopped(self._session(), stop=self.stop, grace_s=grace_s, log=log)
+
+    async def _session(self) -> None:
+        """PostgreSQL first: while it cannot be written to, no message is taken, so none wears out its delivery limit."""
+        async with self._database() as database:
+            applier = Applier(database, self._rules)
+            await database.connection()
+            await applier.probe()
+            async with self._consumer() as consumer:
+                log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name)
+                await _Loop(self._settings, consumer, database, applier, self.stop, self._count).run()
+        log.info("inbox_stopped", consumer=self._rules.consumer, applied=self.total.applied)
+
+    def _count(self, stats: Stats) -> None:
+        self.total += stats
+        self._on_commit(stats)
+
+    @asynccontextmanager
+    async def _database(self) -> AsyncIterator[Database]:
+        database = Database(self._settings.postgres, application=f"relay inbox {self._rules.consumer}")
+        try:
+            yield database
+        except asyncio.CancelledError:
+            database.discard()
+            raise
+        finally:
+            await database.close()
+
+    @asynccontextmanager
+    async def _consumer(self) -> AsyncIterator[Consumer]:
+        consumer: Consumer = await StockConsumer.open(
+            self._settings.rabbitmq,
+            self._queue,
+            prefetch=self._settings.inbox.prefetch,
+            name=f"relay inbox {self._rules.consumer} {socket.gethostname()}:{os.getpid()}",
+        )
+        try:
+            yield consumer
+        finally:
+            await consumer.close()
+
+
+class _Loop:
+    """One session's loop. While a batch is applied, the consumer buffers the next, up to the prefetch."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        consumer: Consumer,
+        database: Database,
+        applier: Applier,
+        stop: asyncio.Event,
+        count: Callable[[Stats], None],
+    ) -> None:
+        self._settings = settings
+        self._consumer = consumer
+        self._database = database
+        self._applier = applier
+        self._stop = stop
+        self._count = count
+        self._clock = asyncio.get_running_loop().time
+        self._retry_at = 0.0
+        self._purge_at = self._clock()
+
+    async def run(self) -> None:
+        """Until `stop`. Raises BrokerError or PostgresError when the session has ended."""
+        with _waiting(self._stop.wait(), self._database.lost.wait()) as (stopping, lost):
+            receiving = asyncio.create_task(self._consumer.receive(self._settings.inbox.batch))
+            try:
+                while not self._stop.is_set():
+                    await asyncio.wait(
+                        [receiving, stopping, lost],
+                        timeout=max(0.0, self._retry_at - self._clock()),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    if self._database.lost.is_set():
+                        raise PostgresUnavailable("the connection to PostgreSQL broke")
+                    if receiving.done() and not self._stop.is_set():
+                        await self._deliver(receiving.result())
+                        receiving = asyncio.create_task(self._consumer.receive(self._settings.inbox.batch))
+                    await self._housekeeping()
+            finally:
+                receiving.cancel()
+                await asyncio.gather(receiving, return_exceptions=True)
+
+    async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+        """Apply, then acknowledge: a crash in between means a redelivery, which the cursors recognise."""
+        stats = await self._applier.apply(_understood(deliveries))
+        self._count(stats + Stats(received=len(deliveries), batches=1))
+        await self._consumer.acknowledge(deliveries[-1].tag)
+        if stats.failed:
+            self._retry_at = min(self._retry_at, self._clock() + await self._due_in_s())
+
+    async def _housekeeping(self) -> None:
+        """Retry what is due, forget what is old; mostly a comparison with the clock."""
+        if self._stop.is_set():
+            return
+        if self._clock() >= self._retry_at:
+            stats = await self._applier.retry_due()
+            did = stats != Stats()
+            if did:
+                self._count(replace(stats, batches=1))
+            self._retry_at = self._clock() + max(await self._due_in_s(), 0.0 if did else _IDLE_RETRY_S)
+        if self._clock() >= self._purge_at:
+            await self._applier.purge_seen()
+            self._purge_at = self._clock() + _PURGE_INTERVAL_S
+
+    async def _due_in_s(self) -> float:
+        """Seconds until the earliest held message is due, by the database's clock, or until the next look."""
+        due_s = await self._applier.next_due_s()
+        return LOOK_INTERVAL_S if due_s is None else min(max(due_s, 0.0), LOOK_INTERVAL_S)
+
+
+def _understood(deliveries: Sequence[Delivery]) -> Batch:
+    arrivals: list[Arrival] = []
+    strangers: list[Stranger] = []
+    for delivery in deliveries:
+        try:
+            event = to_event(delivery)
+        except NotAnEvent as exc:
+            log.warning("quarantined", reason=exc.reason, detail=exc.detail, routing_key=delivery.routing_key)
+            strangers.append(Stranger.of_delivery(delivery, exc.reason, exc.detail))
+        else:
+            arrivals.append(
+                Arrival(event=event, tag=delivery.tag, exchange=delivery.exchange, routing_key=delivery.routing_key)
+            )
+    return Batch(arrivals=arrivals, strangers=strangers)
+
+
+@contextmanager
+def _waiting(*things: Awaitable[object]) -> Iterator[tuple[asyncio.Future[Any], ...]]:
+    futures = tuple(asyncio.ensure_future(thing) for thing in things)
+    try:
+        yield futures
+    finally:
+        for future in futures:
+            future.cancel()

@@ -1,0 +1,124 @@
+"""The inbox's one connection to PostgreSQL, and its transactions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import asyncpg
+
+from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
+from relay.postgres.connect import Connection, close, connect
+from relay.postgres.errors import postgres_errors
+from relay.postgres.migrate import require_current
+from relay.postgres.queries import query
+from relay.settings import PostgresSettings
+
+_CHECK_INTERVAL = "2000"  # ms
+_END_TIMEOUT_MS = 5000
+
+
+class Database:
+    """One connection, opened at need and replaced after a handler made it unfit. `lost` is set when it breaks by itself."""
+
+    def __init__(self, settings: PostgresSettings, *, application: str) -> None:
+        self._settings = settings
+        self._application = application
+        self._connection: Connection | None = None
+        self._cut: list[int] = []  # process ids of backends that may still be at work for us
+        self.lost = asyncio.Event()
+
+    async def connection(self) -> Connection:
+        """The connection; the schema is checked when it is opened. Raises PostgresError."""
+        if self._connection is None or self._connection.is_closed():
+            opened = await connect(self._settings, application=self._application)
+            self._connection = opened
+            opened.add_termination_listener(self._on_termination)
+            await require_current(opened)
+            with postgres_errors():
+                await self._outlive_nothing(opened)
+        return self._connection
+
+    async def _outlive_nothing(self, opened: Connection) -> None:
+        """A backend in the middle of a statement does not notice that we are gone, and keeps its locks on the cursors.
+
+        Ours are ended, so that a message can be held while the slow statement of its handler would still be running;
+        and PostgreSQL is asked to look after the client itself, for the day when this process is killed.
+        """
+        with suppress(asyncpg.InvalidParameterValueError):  # not on every platform
+            await opened.execute(query("set_session"), "client_connection_check_interval", _CHECK_INTERVAL)
+        while self._cut:
+            await opened.execute(query("end_backend"), self._cut[-1], self._application, _END_TIMEOUT_MS)
+            self._cut.pop()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """One READ COMMITTED transaction, whatever the database's default is: the locks are what makes it safe.
+
+        Raises CommitFailed when the transaction fails through what was done in it, Collision when it may be redone,
+        PostgresError when PostgreSQL or the connection failed. Cancelled, or left by a handler that made it unfit, the
+        connection is cut, so that nothing of it can be committed late.
+        """
+        connection = await self.connection()
+        transaction = connection.transaction(isolation="read_committed")
+        with postgres_errors():
+            await transaction.start()
+        try:
+            yield connection
+            await self._commit(transaction)
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            self.discard()
+            raise
+        except HandlerFailed as exc:
+            if exc.ends_transaction:
+                self.discard()
+            else:
+                await self._roll_back(connection, transaction)
+            raise
+        except asyncpg.PostgresError as exc:
+            await self._roll_back(connection, transaction)
+            if is_aborted(exc):
+                raise CommitFailed(described(exc)) from exc
+            if (verdict := judged(exc)) is not None:
+                raise verdict from exc
+            with postgres_errors():
+                raise
+        except Exception:
+            with postgres_errors():
+                await self._roll_back(connection, transaction)
+                raise
+
+    def discard(self) -> None:
+        """Cut the connection: whatever it was doing will not be committed."""
+        if self._connection is not None:
+            cut, self._connection = self._connection, None
+            if not cut.is_closed():
+                self._cut.append(cut.get_server_pid())
+            cut.terminate()
+
+    async def close(self) -> None:
+        """Say goodbye within a bounded time. Never raises for the connection's sake."""
+        if self._connection is not None:
+            closing, self._connection = self._connection, None
+            await close(closing)
+
+    async def _commit(self, transaction: asyncpg.transaction.Transaction) -> None:
+        try:
+            await transaction.commit()
+        except asyncpg.PostgresError as exc:
+            if judged(exc) is not None:
+                raise
+            raise CommitFailed(described(exc)) from exc
+
+    async def _roll_back(self, connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
+        if connection.is_closed():
+            return
+        try:
+            await transaction.rollback()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            self.discard()
+
+    def _on_termination(self, connection: object) -> None:
+        if connection is self._connection or getattr(connection, "_con", None) is self._connection:
+            self.lost.set()

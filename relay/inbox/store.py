@@ -1,0 +1,366 @@
+"""The inbox's tables, asked set-wise inside one batch transaction. Nothing here commits."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import asyncpg
+
+from relay.inbox import storable
+from relay.inbox.sequencer import Arrival, Cursor, Key, Reason
+from relay.message import TOMBSTONE, Delivery, Event
+from relay.postgres.connect import Connection
+from relay.postgres.queries import query
+
+PORTION_BYTES = 32 * 1024 * 1024
+"""Most bytes of bodies sent or fetched by one statement (its first row always fits)."""
+
+_LOCK_ROUNDS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """A message to hold, or how one that is held already fared."""
+
+    arrival: Arrival
+    reason: Reason
+    attempts: int = 0
+    error: str | None = None
+    delay_s: float | None = None  # to the next attempt; None: it waits for its predecessor, or is stuck
+
+    @property
+    def state(self) -> str:
+        """As in relay.inbox_held."""
+        if self.delay_s is not None:
+            return "retrying"
+        return "stuck" if self.reason == "failed" else "waiting"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranger:
+    """A delivery that is not an event of ours, or contradicts one."""
+
+    reason: str  # foreign, malformed, conflict
+    detail: str
+    message_id: str | None
+    exchange: str
+    routing_key: str
+    properties: str  # JSON
+    body: bytes
+
+    @classmethod
+    def of_delivery(cls, delivery: Delivery, reason: str, detail: str) -> Stranger:
+        """From a delivery that does not keep the wire contract."""
+        return cls(
+            reason=reason,
+            detail=detail,
+            message_id=delivery.message_id,
+            exchange=delivery.exchange,
+            routing_key=delivery.routing_key,
+            properties=storable.properties_of_delivery(delivery),
+            body=delivery.body,
+        )
+
+    @classmethod
+    def of_conflict(cls, arrival: Arrival) -> Stranger:
+        """From an event whose number was used for other content."""
+        event = arrival.event
+        return cls(
+            reason="conflict",
+            detail=f"{event.aggregate_type}/{event.aggregate_id} seq {event.seq} was received before with other content",
+            message_id=event.message_id,
+            exchange=arrival.exchange,
+            routing_key=arrival.routing_key,
+            properties=storable.properties_of_event(event),
+            body=event.body,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """A held message whose time to be tried has come."""
+
+    held_id: int
+    source: str
+    aggregate_type: str | None
+    aggregate_id: str | None
+    seq: int | None
+    message_id: str
+
+
+class Store:
+    """The statements of one transaction of one consumer."""
+
+    def __init__(self, connection: Connection, consumer: str) -> None:
+        self._connection = connection
+        self._consumer = consumer
+
+    async def transaction_id(self) -> str:
+        """The transaction we are in."""
+        return str(await self._connection.fetchval(query("transaction_id")))
+
+    async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
+        """The cursors of these aggregates, created where missing, all locked until the end of the transaction."""
+        cursors: dict[Key, Cursor] = {}
+        for (source, aggregate_type), ids in sorted(_grouped(keys).items()):
+            for aggregate_id, cursor in (await self._lock_group(source, aggregate_type, sorted(ids))).items():
+                cursors[source, aggregate_type, aggregate_id] = cursor
+        return cursors
+
+    async def insert_seen(self, events: Iterable[Event]) -> set[tuple[str, str]]:
+        """Remember the ids of events without order; return those (source, message id) that are new."""
+        names = sorted({(event.message_id, event.source) for event in events})
+        if not names:
+            return set()
+        ids, sources = [name[0] for name in names], [name[1] for name in names]
+        rows = await self._connection.fetch(query("insert_seen"), self._consumer, sources, ids)
+        return {(r["source"], r["message_id"]) for r in rows}
+
+    async def successors(self, cursors: Mapping[Key, Cursor], portion: int) -> list[Arrival]:
+        """What is held without a gap after these cursors, in order, at most `portion` an aggregate."""
+        found: list[Arrival] = []
+        for (source, aggregate_type), ids in sorted(_grouped(cursors).items()):
+            last = [cursors[source, aggregate_type, i].last_seq for i in ids]
+            rows = await self._connection.fetch(
+                query("held_successors"), self._consumer, source, aggregate_type, ids, last, portion, PORTION_BYTES
+            )
+            found += map(_arrival, rows)
+        return found
+
+    async def lock_due(self, due: Sequence[Due]) -> list[Arrival]:
+        """Those of the due messages that are still due, locked, oldest first."""
+        if not due:
+            return []
+        rows = await self._connection.fetch(query("lock_due_held"), self._consumer, [d.held_id for d in due])
+        return sorted(map(_arrival, rows), key=lambda a: a.event.seq or 0)
+
+    async def write_cursors(self, cursors: Mapping[Key, Cursor]) -> None:
+        """Write cursors that are locked by this transaction."""
+        if cursors:
+            keys, values = list(cursors), list(cursors.values())
+            await self._connection.execute(
+                query("write_cursors"),
+                self._consumer,
+                [key[0] for key in keys],
+                [key[1] for key in keys],
+                [key[2] for key in keys],
+                [c.last_seq for c in values],
+                [c.last_digest for c in values],
+                [c.blocked for c in values],
+            )
+
+    async def delete_held_through(self, cursors: Mapping[Key, Cursor]) -> None:
+        """Delete what is held up to these cursors."""
+        for (source, aggregate_type), ids in sorted(_grouped(cursors).items()):
+            last = [cursors[source, aggregate_type, i].last_seq for i in ids]
+            await self._connection.execute(
+                query("delete_held_through"), self._consumer, source, aggregate_type, ids, last
+            )
+
+    async def delete_held(self, held_ids: Sequence[int]) -> None:
+        """Delete held messages that have been applied."""
+        if held_ids:
+            await self._connection.execute(query("delete_held"), held_ids)
+
+    async def hold(self, holds: Sequence[Hold]) -> tuple[list[Arrival], list[Arrival]]:
+        """Hold messages. Returns those that were held already: (with the same content, with other content)."""
+        fresh = [hold for hold in holds if hold.arrival.held_id is None]
+        known = [hold for hold in holds if hold.arrival.held_id is not None]
+        if known:
+            await self._update_held(known)
+        inserted: set[tuple[object, ...]] = set()
+        for portion in _portions(fresh, lambda hold: len(hold.arrival.event.body)):
+            inserted |= await self._insert_held(portion)
+        same: list[Arrival] = []
+        other: list[Arrival] = []
+        for hold in fresh:
+            if _name(hold.arrival.event) not in inserted:
+                (same if await self._is_same(hold.arrival.event) else other).append(hold.arrival)
+        return same, other
+
+    async def make_due(self, held_ids: Sequence[int]) -> None:
+        """Let the retry timer try these next: their turn has come, but not in this transaction."""
+        n = len(held_ids)
+        await self._connection.execute(
+            query("update_held"), held_ids, ["behind"] * n, ["retrying"] * n, [0] * n, [None] * n, [0.0] * n
+        )
+
+    async def quarantine(self, strangers: Sequence[Stranger]) -> None:
+        """Keep whole what cannot be applied."""
+        for portion in _portions(strangers, lambda stranger: len(stranger.body)):
+            await self._connection.execute(
+                query("insert_quarantine"),
+                self._consumer,
+                [s.reason for s in portion],
+                [storable.text(s.detail) for s in portion],
+                [storable.optional(s.message_id) for s in portion],
+                [storable.text(s.exchange) for s in portion],
+                [storable.text(s.routing_key) for s in portion],
+                [s.properties for s in portion],
+                [s.body for s in portion],
+            )
+
+    async def _lock_group(self, source: str, aggregate_type: str, ids: list[str]) -> dict[str, Cursor]:
+        """What is missing is inserted; what another consumer inserted meanwhile is then locked like the rest."""
+        found: dict[str, Cursor] = {}
+        missing = ids
+        for _ in range(_LOCK_ROUNDS):
+            rows = await self._connection.fetch(query("lock_cursors"), self._consumer, source, aggregate_type, missing)
+            found |= {r["aggregate_id"]: Cursor(r["last_seq"], r["last_digest"], r["blocked"]) for r in rows}
+            missing = [i for i in ids if i not in found]
+            if not missing:
+                break
+            rows = await self._connection.fetch(
+                query("create_cursors"), self._consumer, source, aggregate_type, missing
+            )
+            found |= {r["aggregate_id"]: Cursor() for r in rows}
+            missing = [i for i in ids if i not in found]
+            if not missing:
+                break
+        else:
+            raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
+        return found
+
+    async def _insert_held(self, holds: Sequence[Hold]) -> set[tuple[object, ...]]:
+        events = [hold.arrival.event for hold in holds]
+        rows = await self._connection.fetch(
+            query("insert_held"),
+            self._consumer,
+            [e.source for e in events],
+            [e.aggregate_type for e in events],
+            [e.aggregate_id for e in events],
+            [e.seq for e in events],
+            [e.message_id for e in events],
+            [e.event_type for e in events],
+            [storable.text(e.content_type) for e in events],
+            [storable.headers(e.headers) for e in events],
+            [e.body for e in events],
+            [e.digest for e in events],
+            [e.occurred_at for e in events],
+            [hold.reason for hold in holds],
+            [hold.state for hold in holds],
+            [hold.attempts for hold in holds],
+            [storable.optional(hold.error) for hold in holds],
+            [hold.delay_s for hold in holds],
+        )
+        return {tuple(row.values()) for row in rows}
+
+    async def _update_held(self, holds: Sequence[Hold]) -> None:
+        await self._connection.execute(
+            query("update_held"),
+            [hold.arrival.held_id for hold in holds],
+            [hold.reason for hold in holds],
+            [hold.state for hold in holds],
+            [hold.attempts for hold in holds],
+            [storable.optional(hold.error) for hold in holds],
+            [hold.delay_s for hold in holds],
+        )
+
+    async def _is_same(self, event: Event) -> bool:
+        """Whether what is held under the event's number is the event. A tombstone takes its place instead of contradicting it."""
+        if event.seq is None:
+            return True  # without order, the message id is all the identity there is
+        row = await self._connection.fetchrow(
+            query("held_digest"), self._consumer, event.source, event.aggregate_type, event.aggregate_id, event.seq
+        )
+        if row is None or row["digest"] == event.digest or row["event_type"] == TOMBSTONE:
+            return True
+        if not event.is_tombstone:
+            return False
+        await self._connection.execute(
+            query("replace_held"),
+            row["id"],
+            event.message_id,
+            event.event_type,
+            storable.text(event.content_type),
+            storable.headers(event.headers),
+            event.body,
+            event.digest,
+        )
+        return True
+
+
+async def due_held(connection: Connection, consumer: str, rows: int) -> list[Due]:
+    """The held messages whose time has come, not locked."""
+    found = await connection.fetch(query("due_held"), consumer, rows, PORTION_BYTES)
+    return [
+        Due(
+            held_id=r["id"],
+            source=r["source"],
+            aggregate_type=r["aggregate_type"],
+            aggregate_id=r["aggregate_id"],
+            seq=r["seq"],
+            message_id=r["message_id"],
+        )
+        for r in found
+    ]
+
+
+async def next_due_s(connection: Connection, consumer: str) -> float | None:
+    """Seconds until the next held message is due, by the database's clock; None if none is."""
+    seconds: float | None = await connection.fetchval(query("next_due"), consumer)
+    return seconds
+
+
+async def purge_seen(connection: Connection, consumer: str, *, retention_s: float, rows: int) -> None:
+    """Forget ids that are older than the retention, at most `rows`."""
+    await connection.execute(query("purge_seen"), consumer, retention_s, rows)
+
+
+async def probe(connection: Connection, consumer: str) -> None:
+    """Raise what writing would raise (privileges, read-only server), and write nothing."""
+    attempt = connection.transaction()
+    await attempt.start()
+    try:
+        await connection.execute(query("probe_inbox"), consumer)
+    finally:
+        if not connection.is_closed():
+            await attempt.rollback()
+
+
+_T = TypeVar("_T")
+
+
+def _arrival(row: asyncpg.Record) -> Arrival:
+    event = Event(
+        source=row["source"],
+        aggregate_type=row["aggregate_type"],
+        aggregate_id=row["aggregate_id"],
+        seq=row["seq"],
+        event_type=row["event_type"],
+        message_id=row["message_id"],
+        content_type=row["content_type"],
+        headers=json.loads(row["headers"]),
+        occurred_at=row["occurred_at"],
+        body=row["body"],
+        digest=row["digest"],
+    )
+    return Arrival(event=event, held_id=row["id"], attempts=row["attempts"])
+
+
+def _name(event: Event) -> tuple[object, ...]:
+    return (event.source, event.aggregate_type, event.aggregate_id, event.seq, event.message_id)
+
+
+def _grouped(keys: Iterable[Key]) -> dict[tuple[str, str], list[str]]:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for source, aggregate_type, aggregate_id in keys:
+        groups[source, aggregate_type].append(aggregate_id)
+    return groups
+
+
+def _portions(items: Sequence[_T], size: Callable[[_T], int]) -> Iterator[list[_T]]:
+    portion: list[_T] = []
+    total = 0
+    for item in items:
+        if portion and total + size(item) > PORTION_BYTES:
+            yield portion
+            portion, total = [], 0
+        portion.append(item)
+        total += size(item)
+    if portion:
+        yield portion

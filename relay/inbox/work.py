@@ -1,0 +1,343 @@
+"""What is done inside one transaction: lock, sequence, call handlers, let held successors follow, write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import asyncpg
+import structlog
+
+from relay.errors import HandlerError
+from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
+from relay.inbox.handlers import Handler, Inbox
+from relay.inbox.sequencer import Arrival, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
+from relay.inbox.stats import Stats, Tally
+from relay.inbox.store import Due, Hold, Store, Stranger
+from relay.message import Event
+from relay.postgres.connect import Connection
+from relay.settings import InboxSettings
+
+log = structlog.get_logger()
+
+_PORTION = 64
+"""Held successors of one aggregate that are loaded at a time."""
+
+FOLLOW_LIMIT = 2000
+"""Held successors applied in one transaction; those after them are left to the retry timer, at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What does not change from batch to batch."""
+
+    consumer: str
+    inbox: Inbox
+    settings: InboxSettings
+
+    def policy(self, aggregate_type: str | None) -> Policy:
+        """The ordering policy of an aggregate type."""
+        return self.settings.policies.get(aggregate_type or "", self.settings.policy)
+
+    def is_ordered(self, event: Event) -> bool:
+        """False: the event is only deduplicated, by its message id."""
+        return is_ordered(event, self.policy(event.aggregate_type))
+
+    def unit(self, arrival: Arrival) -> Unit:
+        """What fails together with an arrival."""
+        key = key_of(arrival.event) if self.is_ordered(arrival.event) else None
+        return key or (arrival.event.source, arrival.event.message_id)
+
+    def unit_of_due(self, due: Due) -> Unit:
+        """The same for a held message that has not been loaded yet."""
+        key = self.key_of_due(due)
+        return key or (due.source, due.message_id)
+
+    def key_of_due(self, due: Due) -> Key | None:
+        """The cursor that a held message needs; None for one without order."""
+        if due.aggregate_type is None or due.aggregate_id is None or self.policy(due.aggregate_type) == "none":
+            return None
+        return (due.source, due.aggregate_type, due.aggregate_id)
+
+    def delay_s(self, attempts: int) -> float | None:
+        """Seconds until a message that failed so often is tried again; None: it is stuck."""
+        if attempts >= self.settings.max_attempts:
+            return None
+        return float(min(self.settings.retry_max_s, self.settings.retry_first_s * 2.0 ** min(attempts - 1, 60)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one transaction is to deal with."""
+
+    arrivals: Sequence[Arrival] = ()  # in the broker's order
+    strangers: Sequence[Stranger] = ()  # not events: to the quarantine
+    due: Sequence[Due] = ()  # held messages whose time has come
+
+    def __bool__(self) -> bool:
+        return bool(self.arrivals or self.strangers or self.due)
+
+
+class Work:
+    """One transaction's work. A Work is used once: a transaction that is redone starts a new one.
+
+    `careful`: a savepoint for each message, so that one that fails is held and the others stay. Otherwise the first
+    failure is raised as HandlerFailed. `doomed` names arrivals that are known to fail (their handler took too long, or ended
+    the transaction): they are held without another try. `follow` bounds how many held successors are applied.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        rules: Rules,
+        *,
+        careful: bool,
+        doomed: Mapping[tuple[str, int], str],
+        follow: int = FOLLOW_LIMIT,
+    ) -> None:
+        self._connection = connection
+        self._rules = rules
+        self._careful = careful
+        self._doomed = doomed
+        self._follow_left = follow
+        self._store = Store(connection, rules.consumer)
+        self._lines: dict[Key, Line] = {}
+        self._fresh: set[tuple[str, str]] = set()
+        self._errors: dict[tuple[str, int], str] = {}
+        self._loose_failures: list[Arrival] = []
+        self._loose_done: list[int] = []
+        self._strangers: list[Stranger] = []
+        self._tally = Tally()
+
+    async def run(self, batch: Batch) -> Stats:
+        """Do it all but the COMMIT; the counts are true once that succeeded."""
+        transaction = await self._store.transaction_id()
+        self._strangers += batch.strangers
+        await self._lock(batch)
+        for arrival in batch.arrivals:
+            await self._take(arrival)
+        for arrival in await self._store.lock_due(batch.due):
+            await self._take(arrival)
+        await self._follow()
+        await self._write()
+        if await self._store.transaction_id() != transaction:
+            raise CommitFailed("HandlerError: a handler ended the inbox's transaction")
+        return self._tally.stats()
+
+    async def _lock(self, batch: Batch) -> None:
+        ordered = {key for a in batch.arrivals if self._rules.is_ordered(a.event) and (key := key_of(a.event))}
+        ordered |= {key for due in batch.due if (key := self._rules.key_of_due(due))}
+        for key, cursor in (await self._store.lock_cursors(ordered)).items():
+            self._lines[key] = Line(cursor, self._rules.policy(key[1]))
+        self._fresh = await self._store.insert_seen(
+            a.event for a in batch.arrivals if not self._rules.is_ordered(a.event)
+        )
+
+    async def _take(self, arrival: Arrival) -> None:
+        key = key_of(arrival.event) if self._rules.is_ordered(arrival.event) else None
+        if key is None:
+            await self._take_loose(arrival)
+            return
+        line = self._lines[key]
+        if (refusal := line.offer(arrival)) is not None:
+            self._refuse(arrival, refusal)
+        await self._drain(line)
+
+    async def _take_loose(self, arrival: Arrival) -> None:
+        """A message without order: once by its id, whatever else happens."""
+        name = (arrival.event.source, arrival.event.message_id)
+        if arrival.held_id is None:
+            if name not in self._fresh:
+                self._tally.add("duplicates")
+                return
+            self._fresh.remove(name)
+        if not await self._succeeds(arrival):
+            self._loose_failures.append(arrival)
+        elif arrival.held_id is not None:
+            self._loose_done.append(arrival.held_id)
+
+    async def _drain(self, line: Line) -> None:
+        while (arrival := line.next()) is not None:
+            if await self._succeeds(arrival):
+                line.applied(arrival)
+            else:
+                line.failed(arrival)
+
+    async def _follow(self) -> None:
+        """Held successors of what was applied follow in the same transaction, in bounded portions."""
+        while following := {key: line for key, line in self._lines.items() if line.follows}:
+            portion = _PORTION if self._follow_left > 0 else 1
+            found = await self._store.successors({key: line.cursor for key, line in following.items()}, portion)
+            if not found:
+                return
+            if self._follow_left <= 0:
+                await self._leave_to_timer(found)
+                return
+            self._follow_left -= len(found)
+            for arrival in found:
+                await self._take(arrival)
+
+    async def _leave_to_timer(self, successors: Sequence[Arrival]) -> None:
+        await self._store.make_due([a.held_id for a in successors if a.held_id is not None])
+        for arrival in successors:
+            if (key := key_of(arrival.event)) is not None:
+                self._lines[key].block()
+
+    def _refuse(self, arrival: Arrival, refusal: Refusal) -> None:
+        if refusal is Refusal.CONFLICT:
+            self._conflict(arrival)
+        elif arrival.held_id is None:
+            self._tally.add("stale" if refusal is Refusal.STALE else "duplicates")
+
+    def _conflict(self, arrival: Arrival) -> None:
+        self._strangers.append(Stranger.of_conflict(arrival))
+
+    async def _write(self) -> None:
+        await self._store.delete_held_through(
+            {key: line.cursor for key, line in self._lines.items() if line.clears_held}
+        )
+        await self._store.delete_held(self._loose_done)
+        await self._hold()
+        await self._store.write_cursors(
+            {k: line.cursor for k, line in self._lines.items() if line.cursor != line.before}
+        )
+        await self._store.quarantine(self._strangers)
+        self._tally.add("quarantined", len(self._strangers))
+
+    async def _hold(self) -> None:
+        holds = [self._as_hold(a, reason) for line in self._lines.values() for a, reason in line.left()]
+        holds += [self._as_hold(a, "failed") for a in self._loose_failures]
+        if not holds:
+            return
+        same, other = await self._store.hold(holds)
+        for arrival in other:
+            self._conflict(arrival)
+        refused = {a.name for a in (*same, *other)}
+        self._tally.add("duplicates", len(same))
+        for hold in holds:
+            if hold.arrival.name not in refused:
+                self._count(hold)
+
+    def _as_hold(self, arrival: Arrival, reason: Reason) -> Hold:
+        if reason != "failed":
+            return Hold(arrival=arrival, reason=reason, attempts=arrival.attempts)
+        attempts = arrival.attempts + 1
+        return Hold(
+            arrival=arrival,
+            reason=reason,
+            attempts=attempts,
+            error=self._errors.get(arrival.name),
+            delay_s=self._rules.delay_s(attempts),
+        )
+
+    def _count(self, hold: Hold) -> None:
+        if hold.reason == "failed":
+            self._tally.add("failed")
+            self._tally.add("stuck", hold.state == "stuck")
+            self._log_failure(hold)
+        elif hold.arrival.held_id is None:
+            self._tally.add(hold.reason)
+
+    def _log_failure(self, hold: Hold) -> None:
+        event = hold.arrival.event
+        log.warning(
+            "handler_failed",
+            consumer=self._rules.consumer,
+            source=event.source,
+            aggregate=f"{event.aggregate_type}/{event.aggregate_id}",
+            seq=event.seq,
+            event_type=event.event_type,
+            message_id=event.message_id,
+            error=hold.error,
+            attempts=hold.attempts,
+            state=hold.state,
+            retry_in_s=hold.delay_s,
+        )
+
+    async def _succeeds(self, arrival: Arrival) -> bool:
+        """Apply one event. False: its handler failed, and its effects are rolled back."""
+        handler = None if arrival.event.is_tombstone else self._rules.inbox.handler(arrival.event)
+        if handler is None:
+            self._tally.add("skipped")
+            return True
+        try:
+            await (self._call_in_savepoint if self._careful else self._call)(handler, arrival)
+        except HandlerFailed as exc:
+            if not self._careful or exc.ends_transaction:
+                raise
+            self._errors[arrival.name] = exc.error
+            return False
+        self._tally.add("applied")
+        return True
+
+    async def _call_in_savepoint(self, handler: Handler, arrival: Arrival) -> None:
+        if (error := self._doomed.get(arrival.name)) is not None:
+            raise HandlerFailed(arrival, error)
+        savepoint = self._connection.transaction()
+        await savepoint.start()
+        try:
+            await self._call(handler, arrival)
+        except HandlerFailed as exc:
+            if not exc.ends_transaction:
+                await self._undo(savepoint.rollback, arrival)
+            raise
+        try:
+            await savepoint.commit()
+        except asyncpg.PostgresError as exc:
+            if not is_aborted(exc):
+                raise
+            if exc.sqlstate != "25P02":
+                raise HandlerFailed(arrival, _ENDED, ends_transaction=True) from exc
+            # asyncpg gives up a savepoint whose RELEASE failed; PostgreSQL has kept it, but the whole is redone anyway.
+            raise HandlerFailed(arrival, _ABORTED, ends_transaction=True) from exc
+
+    async def _undo(self, roll_back: Callable[[], object], arrival: Arrival) -> None:
+        try:
+            await roll_back()  # type: ignore[misc]
+        except asyncpg.PostgresError as exc:
+            if is_aborted(exc):
+                raise HandlerFailed(arrival, _ENDED, ends_transaction=True) from exc
+            raise
+
+    async def _call(self, handler: Handler, arrival: Arrival) -> None:
+        """Call a handler within its time. Raises HandlerFailed, or what `judged` finds behind its exception."""
+        deadline = asyncio.timeout(self._rules.settings.handler_timeout_s)
+        failure: BaseException | None = None
+        try:
+            async with deadline:
+                await handler(arrival.event, self._connection)
+        except asyncio.CancelledError as exc:
+            if _being_cancelled():
+                raise
+            failure = exc
+        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
+            failure = exc
+        if deadline.expired():
+            limit = self._rules.settings.handler_timeout_s
+            raise HandlerFailed(
+                arrival, f"TimeoutError: the handler took longer than {limit:g} s", ends_transaction=True
+            )
+        if failure is not None:
+            raise self._blamed(failure, arrival) from failure
+        if not self._connection.is_in_transaction():
+            raise HandlerFailed(arrival, _ENDED, ends_transaction=True)
+
+    def _blamed(self, failure: BaseException, arrival: Arrival) -> BaseException:
+        if (verdict := judged(failure)) is not None:
+            return verdict
+        if self._connection.is_closed():
+            return asyncpg.ConnectionDoesNotExistError("the connection broke while a handler was using it")
+        ended = not self._connection.is_in_transaction()
+        return HandlerFailed(arrival, _ENDED if ended else described(failure), ends_transaction=ended)
+
+
+_ENDED = f"{HandlerError.__name__}: the handler ended the transaction, which belongs to the inbox"
+_ABORTED = (
+    f"{HandlerError.__name__}: the handler swallowed an SQL error and left the transaction aborted (use a savepoint)"
+)
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,43 @@
+"""The inbox's statements find their rows by key: on tables that are empty, large, and never analysed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from relay.postgres.connect import connect
+from relay.postgres.queries import query
+from relay.settings import PostgresSettings
+
+IDS = [str(i) for i in range(200)]
+STATEMENTS: dict[str, tuple[Any, ...]] = {
+    "lock_cursors": ("c", "s", "t", IDS),
+    "held_successors": ("c", "s", "t", IDS, [1] * 200, 64, 1_000_000),
+    "delete_held_through": ("c", "s", "t", IDS, [1] * 200),
+    "due_held": ("c", 100, 1_000_000),
+    "next_due": ("c",),
+}
+
+
+@pytest.mark.parametrize("rows", [0, 20_000])
+@pytest.mark.parametrize("name", STATEMENTS)
+async def test_no_statement_of_a_batch_scans_a_table(name: str, rows: int, database: str) -> None:
+    connection = await connect(PostgresSettings.model_validate({"dsn": database}), application="plans")
+    try:
+        await connection.execute(
+            "INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq) "
+            f"SELECT 'c', 's', 't', i, 1 FROM generate_series(1, {rows}) i"
+        )
+        await connection.execute(
+            "INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, "
+            f"body, digest, reason, state) SELECT 'c', 's', 't', i, 3, i, 'T', '', '', '', 'early', 'waiting' FROM generate_series(1, {rows}) i"
+        )
+        plan = "\n".join(r[0] for r in await connection.fetch("EXPLAIN " + query(name), *STATEMENTS[name]))
+        assert "Seq Scan" not in plan, plan
+        if name in ("held_successors", "delete_held_through"):
+            assert "inbox_held_by_aggregate" in plan, plan
+        if name == "lock_cursors":
+            assert "inbox_aggregate_pkey" in plan, plan
+    finally:
+        await connection.close()

@@ -1,0 +1,104 @@
+"""Registering handlers, and finding an Inbox by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relay.errors import ConfigError
+from relay.inbox import Event, Inbox, load
+from relay.postgres.connect import Connection
+
+
+def event(event_type: str, aggregate_type: str | None = "order") -> Event:
+    return Event(
+        source="s",
+        aggregate_type=aggregate_type,
+        aggregate_id="1",
+        seq=1,
+        event_type=event_type,
+        message_id="m",
+        content_type="",
+    )
+
+
+async def one(event: Event, tx: Connection) -> None: ...
+
+
+async def two(event: Event, tx: Connection) -> None: ...
+
+
+def test_a_handler_is_found_by_event_type_and_the_more_specific_one_wins() -> None:
+    inbox = Inbox("billing")
+    inbox.on("A", "B")(one)
+    inbox.on("A", aggregate_type="order")(two)
+    assert inbox.handler(event("A")) is two
+    assert inbox.handler(event("A", "cart")) is one
+    assert inbox.handler(event("B")) is one
+    assert inbox.handler(event("C")) is None
+    assert inbox.event_types == {"A", "B"}
+
+
+def test_a_second_handler_for_the_same_type_is_refused_and_both_are_named() -> None:
+    inbox = Inbox("billing")
+    inbox.on("A")(one)
+    with pytest.raises(ConfigError, match="two handlers for A: one and two"):
+        inbox.on("A")(two)
+
+
+def test_a_function_that_is_not_async_is_refused() -> None:
+    def plain(event: Event, tx: Connection) -> None: ...
+
+    with pytest.raises(ConfigError, match="plain of A is not an `async def` function"):
+        Inbox("billing").on("A")(plain)  # type: ignore[type-var]
+
+
+def test_an_object_with_an_async_call_is_a_handler() -> None:
+    class Callable:
+        async def __call__(self, event: Event, tx: Connection) -> None: ...
+
+    Inbox("billing").on("A")(Callable())
+
+
+def test_on_without_event_types_or_with_reserved_ones_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one event type"):
+        Inbox("billing").on()
+    with pytest.raises(ConfigError, match="at least one event type"):
+        Inbox("billing").on(one)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="relay's own"):
+        Inbox("billing").on("relay.tombstone")(one)
+    with pytest.raises(ConfigError, match="name"):
+        Inbox("")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("inbox_app_fine", "expected MODULE:OBJECT"),
+        ("no_such_module_at_all:inbox", "there is no module 'no_such_module_at_all'"),
+        ("inbox_app_fine:nothing", "has no 'nothing'"),
+        ("inbox_app_fine:number", "is a int, not a relay.inbox.Inbox"),
+        ("inbox_app_fine:empty", "has no handlers"),
+        ("inbox_app_broken:inbox", "importing inbox_app_broken failed: ZeroDivisionError"),
+        ("inbox_app_needs:inbox", "importing inbox_app_needs failed: No module named 'missing_dependency'"),
+        ("inbox_app_twice:inbox", "two handlers for A"),
+    ],
+)
+def test_everything_that_can_be_wrong_with_a_name_is_told_apart(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = "from relay.inbox import Inbox\ninbox = Inbox('x')\n"
+    handler = "@inbox.on('A')\nasync def {0}(event, tx): ...\n"
+    for module, text in {
+        "inbox_app_fine": head + handler.format("f") + "empty = Inbox('y')\nnumber = 1\n",
+        "inbox_app_broken": "1 / 0",
+        "inbox_app_needs": "import missing_dependency",
+        "inbox_app_twice": head + handler.format("f") + handler.format("g"),
+    }.items():
+        (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load("inbox_app_fine:inbox").name == "x"
+    with pytest.raises(ConfigError, match=message):
+        load(name)
