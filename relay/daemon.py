@@ -25,7 +25,7 @@ from relay.postgres.queries import query
 from relay.rabbitmq.contract import Publisher
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.settings import Settings
-from relay.supervisor import supervise
+from relay.supervisor import supervise, until_stopped
 
 log = structlog.get_logger()
 
@@ -42,7 +42,8 @@ class Outbox:
 
     settings: Settings
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    progress: dict[int, Progress] = field(default_factory=dict)  # by shard
+    progress: dict[int, Progress] = field(default_factory=dict)  # by shard, complete once `started` is set
+    started: asyncio.Event = field(default_factory=asyncio.Event)
     parked: int = 0  # rows left parked when it ended
 
     async def run(self, *, drain: bool = False) -> None:
@@ -53,10 +54,11 @@ class Outbox:
                 'the setting source is missing: the name under which this outbox is published, for example source = "shop"'
             )
         shards = await self._shards()
+        self.progress = {shard: Progress() for shard in shards}
+        self.started.set()
         with _one_error():
             async with asyncio.TaskGroup() as group:
                 for shard in shards:
-                    self.progress[shard] = Progress()
                     group.create_task(self._supervised(shard, source, drain), name=f"shard-{shard}")
 
     async def _shards(self) -> list[int]:
@@ -72,7 +74,9 @@ class Outbox:
         async def patiently() -> None:
             await self._until_stopped(look())
 
-        await supervise(patiently, name="start", settings=self.settings.daemon, stop=self.stop, log=log, fatal=_WRONG_AT_START)
+        await supervise(
+            patiently, name="start", settings=self.settings.daemon, stop=self.stop, log=log, fatal=_WRONG_AT_START
+        )
         return found
 
     async def _supervised(self, shard: int, source: str, drain: bool) -> None:
@@ -82,25 +86,7 @@ class Outbox:
         await supervise(session, name=f"shard-{shard}", settings=self.settings.daemon, stop=self.stop, log=log)
 
     async def _until_stopped(self, session: Coroutine[Any, Any, None]) -> None:
-        """Let a session finish by itself after `stop`, but not for longer than the grace period."""
-        work = asyncio.ensure_future(session)
-        stopping = asyncio.ensure_future(self.stop.wait())
-        try:
-            await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                await asyncio.wait([work], timeout=self.settings.daemon.shutdown_grace_s)
-            if not work.done():
-                log.warning(
-                    "grace_over",
-                    grace_s=self.settings.daemon.shutdown_grace_s,
-                    reason="what is in flight is published again by the next owner",
-                )
-                return
-            await work
-        finally:
-            for task in (work, stopping):
-                task.cancel()
-            await asyncio.gather(work, stopping, return_exceptions=True)
+        await until_stopped(session, stop=self.stop, grace_s=self.settings.daemon.shutdown_grace_s, log=log)
 
     async def _session(self, shard: int, source: str, drain: bool) -> None:
         settings = self.settings.outbox

@@ -16,7 +16,9 @@ def configure_logging(settings: DaemonSettings) -> None:
     """Send relay's log to standard error, and keep the libraries at WARNING: aiormq's DEBUG prints whole frames with bodies."""
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if settings.log_format == "json" else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
     structlog.configure(
         processors=[

@@ -35,7 +35,9 @@ class PostgresSettings(_Section):
         description="Where to connect: postgresql://user:password@host:port/database. A direct connection, not through PgBouncer.",
     )
     connect_timeout_s: float = Field(10, gt=0, le=300, description="Give up connecting after this many seconds.")
-    command_timeout_s: float = Field(60, gt=0, le=3600, description="Give up a statement after this many seconds and reconnect.")
+    command_timeout_s: float = Field(
+        60, gt=0, le=3600, description="Give up a statement after this many seconds and reconnect."
+    )
 
     @field_validator("dsn")
     @classmethod
@@ -50,13 +52,20 @@ class RabbitmqSettings(_Section):
         SecretStr("amqp://guest:guest@127.0.0.1:5672/"),
         description="Where to connect: amqp://user:password@host:port/vhost, or amqps:// for TLS.",
     )
-    exchange: str = Field("relay.events", min_length=1, max_length=255, description="The topic exchange that events are published to.")
+    exchange: str = Field(
+        "relay.events", min_length=1, max_length=255, description="The topic exchange that events are published to."
+    )
     declare_topology: bool = Field(
         True,
         description="Declare the exchange (and the inbox's queue) at start. Off: only check that they exist, for users without the configure permission.",
     )
     connect_timeout_s: float = Field(10, gt=0, le=300, description="Give up connecting after this many seconds.")
-    heartbeat_s: int = Field(10, ge=5, le=600, description="AMQP heartbeat in seconds; a dead connection is noticed after about three of them.")
+    heartbeat_s: int = Field(
+        10,
+        ge=5,
+        le=600,
+        description="AMQP heartbeat in seconds; a dead connection is noticed after about three of them.",
+    )
 
     @field_validator("url")
     @classmethod
@@ -67,22 +76,48 @@ class RabbitmqSettings(_Section):
 class OutboxSettings(_Section):
     """`relay run`."""
 
-    page_rows: int = Field(1000, ge=1, le=20000, description="Rows read and published as one page; also the most in flight at the broker.")
-    page_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="A page ends before the row that would exceed this many bytes of payload.")
+    page_rows: int = Field(
+        1000, ge=1, le=20000, description="Rows read and published as one page; also the most in flight at the broker."
+    )
+    page_bytes: int = Field(
+        8 * 1024 * 1024, ge=1024, description="A page ends before the row that would exceed this many bytes of payload."
+    )
     order: Literal["pipelined", "strict"] = Field(
         "pipelined",
         description="pipelined: a page in flight at once. strict: at most one unconfirmed message of an aggregate, so that not even a broker's nack can swap two.",
     )
-    routing_key: str = Field("{aggregate_type}.{event_type}", description="Template of the routing key; a row's own routing_key overrides it.")
-    wakeup: Literal["notify", "poll"] = Field("notify", description="notify: producers wake a sleeping relay. poll: only the poll interval counts.")
-    poll_interval_s: float = Field(5, ge=0.005, le=3600, description="Seconds between two looks while asleep; with notify only a safety net.")
-    checkpoint_interval_s: float = Field(0.1, ge=0, le=60, description="Least seconds between two writes of the cursor under load; a crash repeats that much.")
-    confirm_timeout_s: float = Field(30, gt=0, le=3600, description="A page that is not confirmed after this many seconds ends the session.")
+    routing_key: str = Field(
+        "{aggregate_type}.{event_type}",
+        description="Template of the routing key; a row's own routing_key overrides it.",
+    )
+    wakeup: Literal["notify", "poll"] = Field(
+        "notify", description="notify: producers wake a sleeping relay. poll: only the poll interval counts."
+    )
+    poll_interval_s: float = Field(
+        5, ge=0.005, le=3600, description="Seconds between two looks while asleep; with notify only a safety net."
+    )
+    checkpoint_interval_s: float = Field(
+        0.1,
+        ge=0,
+        le=60,
+        description="Least seconds between two writes of the cursor under load; a crash repeats that much.",
+    )
+    confirm_timeout_s: float = Field(
+        30, gt=0, le=3600, description="A page that is not confirmed after this many seconds ends the session."
+    )
     standby_interval_s: float = Field(1, gt=0, le=60, description="Seconds between a standby's attempts to take over.")
-    retry_first_s: float = Field(1, gt=0, le=3600, description="Delay before a parked row is tried again; doubles with each attempt.")
+    retry_first_s: float = Field(
+        1, gt=0, le=3600, description="Delay before a parked row is tried again; doubles with each attempt."
+    )
     retry_max_s: float = Field(300, gt=0, le=86400, description="Longest delay between two attempts of a parked row.")
-    max_attempts: int = Field(20, ge=1, description="After this many refusals a parked aggregate is stuck and waits for an operator.")
-    parked_limit: int = Field(100_000, ge=1, description="With more parked rows than this the shard pauses instead of hiding an outage in a table.")
+    max_attempts: int = Field(
+        20, ge=1, description="After this many refusals a parked aggregate is stuck and waits for an operator."
+    )
+    parked_limit: int = Field(
+        100_000,
+        ge=1,
+        description="With more parked rows than this the shard pauses instead of hiding an outage in a table.",
+    )
 
     @field_validator("routing_key")
     @classmethod
@@ -90,7 +125,9 @@ class OutboxSettings(_Section):
         try:
             value.format(aggregate_type="", event_type="", aggregate_id="")
         except (KeyError, IndexError, ValueError, AttributeError) as exc:
-            raise ValueError("may hold {aggregate_type}, {event_type} and {aggregate_id}, nothing else in braces") from exc
+            raise ValueError(
+                "may hold {aggregate_type}, {event_type} and {aggregate_id}, nothing else in braces"
+            ) from exc
         return value
 
     @model_validator(mode="after")
@@ -103,19 +140,38 @@ class OutboxSettings(_Section):
 class InboxSettings(_Section):
     """`relay inbox run`."""
 
-    consumer: Name | None = Field(None, description="Name of this consumer: its cursors are kept under it. Default: the name given to Inbox(...).")
+    consumer: Name | None = Field(
+        None, description="Name of this consumer: its cursors are kept under it. Default: the name given to Inbox(...)."
+    )
     queue: str | None = Field(None, max_length=255, description="The queue to consume. Default: the consumer's name.")
-    bindings: tuple[str, ...] = Field(("#",), description="Routing-key patterns that the queue is bound with; bind whole aggregate types (`order.#`).")
-    policy: Policy = Field("sequence", description="Order within an aggregate: sequence (1, 2, 3 ...), latest (newest state wins), none (only deduplicated).")
-    policies: Mapping[str, Policy] = Field(default_factory=dict, description="Policy by aggregate type, where it differs from `policy`.")
+    bindings: tuple[str, ...] = Field(
+        ("#",), description="Routing-key patterns that the queue is bound with; bind whole aggregate types (`order.#`)."
+    )
+    policy: Policy = Field(
+        "sequence",
+        description="Order within an aggregate: sequence (1, 2, 3 ...), latest (newest state wins), none (only deduplicated).",
+    )
+    policies: Mapping[str, Policy] = Field(
+        default_factory=dict, description="Policy by aggregate type, where it differs from `policy`."
+    )
     batch: int = Field(500, ge=1, le=20000, description="Most messages applied in one transaction.")
     prefetch: int = Field(1000, ge=1, le=65535, description="Most unacknowledged messages at this consumer.")
     handler_timeout_s: float = Field(30, gt=0, le=86400, description="A handler that takes longer has failed.")
-    retry_first_s: float = Field(1, gt=0, le=3600, description="Delay before a failed message is tried again; doubles with each attempt.")
-    retry_max_s: float = Field(300, gt=0, le=86400, description="Longest delay between two attempts of a failed message.")
-    max_attempts: int = Field(20, ge=1, description="After this many failures a message is stuck and waits for an operator.")
-    delivery_limit: int = Field(1000, ge=1, description="Deliveries after which the broker dead-letters a message that kills its consumer.")
-    seen_retention_s: float = Field(7 * 86400, ge=60, description="How long ids of messages without an aggregate are remembered.")
+    retry_first_s: float = Field(
+        1, gt=0, le=3600, description="Delay before a failed message is tried again; doubles with each attempt."
+    )
+    retry_max_s: float = Field(
+        300, gt=0, le=86400, description="Longest delay between two attempts of a failed message."
+    )
+    max_attempts: int = Field(
+        20, ge=1, description="After this many failures a message is stuck and waits for an operator."
+    )
+    delivery_limit: int = Field(
+        1000, ge=1, description="Deliveries after which the broker dead-letters a message that kills its consumer."
+    )
+    seen_retention_s: float = Field(
+        7 * 86400, ge=60, description="How long ids of messages without an aggregate are remembered."
+    )
 
     @model_validator(mode="after")
     def _relations(self) -> InboxSettings:
@@ -129,18 +185,27 @@ class InboxSettings(_Section):
 class DaemonSettings(_Section):
     """What both daemons share."""
 
-    shutdown_grace_s: float = Field(20, gt=0, le=3600, description="Seconds to drain after the first SIGTERM or SIGINT; the second stops at once.")
-    backoff_first_s: float = Field(0.2, gt=0, le=60, description="First delay after a failed session; doubles with jitter.")
+    shutdown_grace_s: float = Field(
+        20, gt=0, le=3600, description="Seconds to drain after the first SIGTERM or SIGINT; the second stops at once."
+    )
+    backoff_first_s: float = Field(
+        0.2, gt=0, le=60, description="First delay after a failed session; doubles with jitter."
+    )
     backoff_max_s: float = Field(10, gt=0, le=600, description="Longest delay between two sessions.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
-    log_format: Literal["json", "text"] = Field("json", description="One event a line: json for machines, text for people.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    log_format: Literal["json", "text"] = Field(
+        "json", description="One event a line: json for machines, text for people."
+    )
 
 
 class Settings(_Section):
     """Everything that can be set."""
 
     source: Name | None = Field(
-        None, description="Name under which this outbox is published (part of every message id). Required by `relay run`; never change it."
+        None,
+        description="Name under which this outbox is published (part of every message id). Required by `relay run`; never change it.",
     )
     postgres: PostgresSettings = PostgresSettings()
     rabbitmq: RabbitmqSettings = RabbitmqSettings()
@@ -153,7 +218,9 @@ class Settings(_Section):
         if self.daemon.backoff_first_s > self.daemon.backoff_max_s:
             raise ValueError("daemon.backoff_first_s must not exceed daemon.backoff_max_s")
         if self.outbox.wakeup == "notify" and self.outbox.poll_interval_s < 0.1:
-            raise ValueError('outbox.poll_interval_s under 0.1 s is for outbox.wakeup = "poll"; with notify it would never let the relay sleep')
+            raise ValueError(
+                'outbox.poll_interval_s under 0.1 s is for outbox.wakeup = "poll"; with notify it would never let the relay sleep'
+            )
         return self
 
 
@@ -179,7 +246,9 @@ def load_settings(
     try:
         return Settings.model_validate(tree)
     except ValidationError as exc:
-        raise ConfigError("; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in exc.errors())) from None
+        raise ConfigError(
+            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in exc.errors())
+        ) from None
 
 
 def setting_names() -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import structlog
 from tenacity import RetryCallState, Retrying
@@ -17,7 +18,13 @@ HEALTHY_S = 30.0
 
 
 async def supervise(
-    session: Callable[[], Awaitable[None]], *, name: str, settings: DaemonSettings, stop: asyncio.Event, log: structlog.typing.FilteringBoundLogger, fatal: tuple[type[RelayError], ...] = ()
+    session: Callable[[], Awaitable[None]],
+    *,
+    name: str,
+    settings: DaemonSettings,
+    stop: asyncio.Event,
+    log: structlog.typing.FilteringBoundLogger,
+    fatal: tuple[type[RelayError], ...] = (),
 ) -> None:
     """Run `session` until it returns or `stop` is set; after a retryable error run it again after a back-off.
 
@@ -34,10 +41,36 @@ async def supervise(
             if asyncio.get_running_loop().time() - started > HEALTHY_S:
                 backoff = Backoff(settings)
             delay_s = backoff.next_s()
-            log.warning("session_failed", session=name, error=type(exc).__name__, reason=str(exc), retry_in_s=round(delay_s, 2))
+            log.warning(
+                "session_failed", session=name, error=type(exc).__name__, reason=str(exc), retry_in_s=round(delay_s, 2)
+            )
             await wait_for(stop, delay_s)
         else:
             return
+
+
+async def until_stopped(
+    session: Coroutine[Any, Any, None],
+    *,
+    stop: asyncio.Event,
+    grace_s: float,
+    log: structlog.typing.FilteringBoundLogger,
+) -> None:
+    """Run a session; after `stop` let it end by itself, but not for longer than the grace period, then cancel it."""
+    work = asyncio.create_task(session)
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            await asyncio.wait([work], timeout=grace_s)
+        if not work.done():
+            log.warning("grace_over", grace_s=grace_s, reason="what was in flight is done again by the next session")
+            return
+        await work
+    finally:
+        for task in (work, stopping):
+            task.cancel()
+        await asyncio.gather(work, stopping, return_exceptions=True)
 
 
 async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:
@@ -54,7 +87,9 @@ class Backoff:
     """Delays that double with jitter, from tenacity's own arithmetic."""
 
     def __init__(self, settings: DaemonSettings) -> None:
-        self._wait = wait_exponential(multiplier=settings.backoff_first_s, max=settings.backoff_max_s) + wait_random(0, settings.backoff_first_s)
+        self._wait = wait_exponential(multiplier=settings.backoff_first_s, max=settings.backoff_max_s) + wait_random(
+            0, settings.backoff_first_s
+        )
         self._state = RetryCallState(Retrying(), None, (), {})
 
     def next_s(self) -> float:

@@ -52,7 +52,7 @@ def cli() -> None:
 @set_option
 @click.option("--print", "printing", is_flag=True, help="Print the SQL instead of running it; needs no connection.")
 def migrate(config: Path | None, assignments: tuple[str, ...], *, printing: bool) -> None:
-    """Create or update relay's schema. Safe to run twice, and by two processes at once.
+    r"""Create or update relay's schema. Safe to run twice, and by two processes at once.
 
     \b
     relay migrate                      apply what is missing

@@ -18,7 +18,12 @@ config_option = click.option(
     help="Settings file. Default: relay.toml in this folder, if there is one.",
 )
 set_option = click.option(
-    "--set", "-s", "assignments", multiple=True, metavar="NAME=VALUE", help="One setting, for example -s outbox.page_rows=500. Repeatable."
+    "--set",
+    "-s",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="One setting, for example -s outbox.page_rows=500. Repeatable.",
 )
 
 
@@ -30,7 +35,9 @@ def settings_from(config: Path | None, assignments: tuple[str, ...] = (), **flag
         if not sign:
             raise ConfigError(f"--set {name}: expected NAME=VALUE")
         if name.strip() in _SECRETS:
-            raise ConfigError(f"--set {name.strip()}: a secret on the command line is visible to every user; use the file or the environment")
+            raise ConfigError(
+                f"--set {name.strip()}: a secret on the command line is visible to every user; use the file or the environment"
+            )
         given[name.strip()] = value
     given.update({name.replace("__", "."): value for name, value in flags.items() if value is not None})
     return load_settings(file=config, flags=given)

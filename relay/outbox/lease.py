@@ -32,7 +32,9 @@ class Ownership:
     high_id: int
 
 
-async def wait_for_ownership(connection: Connection, *, shard: int, source: str, interval_s: float, stop: asyncio.Event) -> Ownership | None:
+async def wait_for_ownership(
+    connection: Connection, *, shard: int, source: str, interval_s: float, stop: asyncio.Event
+) -> Ownership | None:
     """Become the owner; None if `stop` was set first.
 
     Tries every `interval_s` seconds instead of waiting inside the lock: a waiting statement would hold a snapshot, and
@@ -68,7 +70,9 @@ async def _take(connection: Connection, shard: int, source: str) -> Ownership:
         else:
             await connection.execute(query("name_source"), shard, cursor["epoch"], source, cursor["current_cluster_id"])
             window = cursor["window_snapshot"]
-            position = Position(Snapshot.parse(cursor["snapshot"]), window and Snapshot.parse(window), cursor["after_id"])
+            position = Position(
+                Snapshot.parse(cursor["snapshot"]), window and Snapshot.parse(window), cursor["after_id"]
+            )
     log.info("owner", shard=shard, epoch=cursor["epoch"])
     return Ownership(shard, cursor["epoch"], position, cursor["high_id"])
 

@@ -27,7 +27,9 @@ class Reader:
         """The page behind `position`. Raises PostgresError; reading again from the same position is always right."""
         limit = page_rows or self._page_rows
         with postgres_errors():
-            records = await (self._open(position, limit) if position.window is None else self._continue(position, limit))
+            records = await (
+                self._open(position, limit) if position.window is None else self._continue(position, limit)
+            )
         snapshot = position.window or Snapshot.parse(records[0]["snapshot"])
         found = [r for r in records if r["id"] is not None]
         complete = not found or found[0]["page_rows"] == len(found) < limit

@@ -160,7 +160,10 @@ class Shard:
                 if aggregate is not None and not isinstance(outcome, Confirmed):
                     held.add(aggregate)
             if any(isinstance(outcome, Unknown) for outcome in outcomes):
-                return [Unknown("not sent") if o is None and rows[i].aggregate not in self._blocked else o for i, o in enumerate(outcomes)]
+                return [
+                    Unknown("not sent") if o is None and rows[i].aggregate not in self._blocked else o
+                    for i, o in enumerate(outcomes)
+                ]
         return outcomes
 
     async def _send(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -216,7 +219,13 @@ class Shard:
         for head in heads[:10]:
             row = head.row
             self._log.warning(
-                "parked", row=row.id, type=row.event_type, aggregate=row.aggregate, seq=row.seq, reason=head.reason, detail=head.detail
+                "parked",
+                row=row.id,
+                type=row.event_type,
+                aggregate=row.aggregate,
+                seq=row.seq,
+                reason=head.reason,
+                detail=head.detail,
             )
         if heads:
             due_at = self._clock() + self._settings.retry_first_s
@@ -283,7 +292,9 @@ class Shard:
         over = self._parked_rows > self._settings.parked_limit
         if over != self._paused:
             self._paused = over
-            self._log.error("paused" if over else "resumed", parked=self._parked_rows, parked_limit=self._settings.parked_limit)
+            self._log.error(
+                "paused" if over else "resumed", parked=self._parked_rows, parked_limit=self._settings.parked_limit
+            )
         return over
 
     async def _pause(self) -> None:

@@ -83,7 +83,9 @@ class Store:
                 await self._move(position, high_id)
                 await self._connection.execute(query("unpark"), [row.id for row in published])
                 await self._delay(refused)
-                still = await self._connection.fetch(query("promote_parked"), [a[0] for a in aggregates], [a[1] for a in aggregates])
+                still = await self._connection.fetch(
+                    query("promote_parked"), [a[0] for a in aggregates], [a[1] for a in aggregates]
+                )
         return {(r["aggregate_type"], r["aggregate_id"]) for r in still}
 
     async def _move(self, position: Position, high_id: int) -> None:
@@ -97,11 +99,13 @@ class Store:
             high_id,
         )
         if moved is None:
-            raise LeaseLost(f"shard {self._shard}: another relay took over (epoch {self._epoch} is over); this one stops")
+            raise LeaseLost(
+                f"shard {self._shard}: another relay took over (epoch {self._epoch} is over); this one stops"
+            )
 
     async def _park(self, parked: Sequence[Parked]) -> None:
         rows = [p.row for p in parked]
-        fates = [self._fate(p, attempts=1) if p.is_head else ("waiting", 0, None) for p in parked]
+        fates = [self._fate(attempts=1) if p.is_head else ("waiting", 0, None) for p in parked]
         await self._connection.execute(
             query("park"),
             self._shard,
@@ -119,7 +123,7 @@ class Store:
     async def _delay(self, refused: Sequence[tuple[Parked, int]]) -> None:
         if not refused:
             return
-        fates = [self._fate(parked, attempts=attempts) for parked, attempts in refused]
+        fates = [self._fate(attempts=attempts) for _, attempts in refused]
         await self._connection.execute(
             query("delay_parked"),
             [p.row.id for p, _ in refused],
@@ -130,8 +134,12 @@ class Store:
             [fate[2] for fate in fates],
         )
 
-    def _fate(self, parked: Parked, *, attempts: int) -> tuple[str, int, float | None]:
+    def _fate(self, *, attempts: int) -> tuple[str, int, float | None]:
         """(state, attempts, delay in s) of a row that was refused `attempts` times."""
         if attempts >= self._settings.max_attempts:
             return "stuck", attempts, None
-        return "retrying", attempts, retry_delay_s(attempts, first_s=self._settings.retry_first_s, longest_s=self._settings.retry_max_s)
+        return (
+            "retrying",
+            attempts,
+            retry_delay_s(attempts, first_s=self._settings.retry_first_s, longest_s=self._settings.retry_max_s),
+        )

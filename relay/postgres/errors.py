@@ -20,13 +20,19 @@ def translated(exc: BaseException) -> PostgresError | None:
         state = exc.sqlstate or ""
         text = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         if state in _SCHEMA_STATES:
-            return SchemaError(f"{text}. Run `relay migrate` (or `relay check` to see what is missing).", sqlstate=state)
+            return SchemaError(
+                f"{text}. Run `relay migrate` (or `relay check` to see what is missing).", sqlstate=state
+            )
         if state == "42501":
-            return PrivilegeError(f"{text}. Grant the role that relay logs in as one of the roles in sql/roles.sql.", sqlstate=state)
+            return PrivilegeError(
+                f"{text}. Grant the role that relay logs in as one of the roles in sql/roles.sql.", sqlstate=state
+            )
         if state in _REFUSED_STATES:
             return PostgresRefused(f"PostgreSQL refused the login: {text}. Check postgres.dsn.", sqlstate=state)
         return PostgresUnavailable(f"PostgreSQL said: {text} (SQLSTATE {state})", sqlstate=state)
-    if isinstance(exc, asyncpg.InterfaceError | asyncpg.InternalClientError):  # the latter: cut in the middle of an exchange
+    if isinstance(
+        exc, asyncpg.InterfaceError | asyncpg.InternalClientError
+    ):  # the latter: cut in the middle of an exchange
         return PostgresUnavailable(f"the connection to PostgreSQL is not usable: {exc}")
     if isinstance(exc, TimeoutError | asyncio.TimeoutError):
         return PostgresUnavailable("PostgreSQL did not answer in time")

@@ -61,7 +61,12 @@ def printed() -> str:
     ]
     for m in migrations():
         parts += [f"-- migration {m.version}: {m.name}", m.sql.strip()]
-        record = query("record_migration").replace("$1", str(m.version)).replace("$2", f"'{m.name}'").replace("$3", f"'{m.checksum}'")
+        record = (
+            query("record_migration")
+            .replace("$1", str(m.version))
+            .replace("$2", f"'{m.name}'")
+            .replace("$3", f"'{m.checksum}'")
+        )
         parts.append(record + ";")
     return "\n\n".join([*parts, roles_sql().strip()]) + "\n"
 
@@ -100,7 +105,9 @@ async def require_current(connection: Connection) -> None:
     _refuse_unknown(done)
     for m in migrations():
         if m.version not in done:
-            raise SchemaError(f"migration {m.version:04} {m.name} has not been applied to this database. Run `relay migrate`.")
+            raise SchemaError(
+                f"migration {m.version:04} {m.name} has not been applied to this database. Run `relay migrate`."
+            )
 
 
 async def missing(connection: Connection) -> list[str]:

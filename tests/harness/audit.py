@@ -49,7 +49,8 @@ class Audit:
             seen.add(message.message_id)
             sequence = message.headers["x-sequence"]
             assert isinstance(sequence, int)
-            found[f"{message.headers['x-aggregate-type']}/{message.headers['x-aggregate-id']}"].append(sequence)
+            kind, name = str(message.headers["x-aggregate-type"]), str(message.headers["x-aggregate-id"])
+            found[f"{kind}/{name}"].append(sequence)
         return dict(found)
 
 

@@ -21,7 +21,13 @@ def settings_for(database: str, broker: str, **flags: Any) -> Settings:
     """Settings of a test; flags as `outbox__page_rows=5`."""
     return load_settings(
         environ={},
-        flags={"source": "shop", "postgres.dsn": database, "rabbitmq.url": broker, "daemon.backoff_max_s": 1.0, "daemon.log_level": "warning"}
+        flags={
+            "source": "shop",
+            "postgres.dsn": database,
+            "rabbitmq.url": broker,
+            "daemon.backoff_max_s": 1.0,
+            "daemon.log_level": "warning",
+        }
         | {name.replace("__", "."): value for name, value in flags.items()},
     )
 
@@ -52,8 +58,7 @@ async def wait_until(progress: Progress, condition: Callable[[Progress], bool], 
 async def shard_of(outbox: Outbox, shard: int = 0, *, timeout_s: float = 30) -> Progress:
     """The shard's progress, as soon as it has been found."""
     async with asyncio.timeout(timeout_s):
-        while shard not in outbox.progress:
-            await asyncio.sleep(0.01)
+        await outbox.started.wait()
     return outbox.progress[shard]
 
 
@@ -61,16 +66,22 @@ async def until(question: Callable[[], Any], *, timeout_s: float = 30, every_s: 
     """Ask (an async function) again and again until the answer is true; returns it. For what announces nothing itself."""
     async with asyncio.timeout(timeout_s):
         while not (answer := await question()):
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(every_s)  # noqa: ASYNC110 - a table or a process sets no event
     return answer
 
 
-async def insert(connection: Any, aggregate: str, *, count: int = 1, event_type: str = "Changed", payload: str = "{}") -> None:
+async def insert(
+    connection: Any, aggregate: str, *, count: int = 1, event_type: str = "Changed", payload: str = "{}"
+) -> None:
     """Events of one aggregate (`order/42`), one statement each."""
     kind, _, name = aggregate.partition("/")
     for _ in range(count):
         await connection.execute(
-            "INSERT INTO relay.outbox (aggregate_type, aggregate_id, event_type, payload) VALUES ($1, $2, $3, $4)", kind, name, event_type, payload
+            "INSERT INTO relay.outbox (aggregate_type, aggregate_id, event_type, payload) VALUES ($1, $2, $3, $4)",
+            kind,
+            name,
+            event_type,
+            payload,
         )
 
 
@@ -98,6 +109,7 @@ class RelayProcess:
             "RELAY_POSTGRES_DSN": settings.postgres.dsn.get_secret_value(),
             "RELAY_RABBITMQ_URL": settings.rabbitmq.url.get_secret_value(),
             "RELAY_OUTBOX_PAGE_ROWS": str(settings.outbox.page_rows),
+            "RELAY_OUTBOX_CHECKPOINT_INTERVAL_S": str(settings.outbox.checkpoint_interval_s),
             "RELAY_OUTBOX_STANDBY_INTERVAL_S": str(settings.outbox.standby_interval_s),
             "RELAY_DAEMON_BACKOFF_MAX_S": str(settings.daemon.backoff_max_s),
         }

@@ -51,10 +51,14 @@ async def hostile_producer(dsn: str, number: int, ledger: Ledger, stop: asyncio.
             await transaction.start()
             mine: dict[str, tuple[str, int]] = {}
             if dice.random() < 0.3:
-                await connection.execute("SELECT pg_current_xact_id()")  # its id is older than everything it will insert
+                await connection.execute(
+                    "SELECT pg_current_xact_id()"
+                )  # its id is older than everything it will insert
             if dice.random() < 0.2:
                 await asyncio.sleep(dice.random() * 0.02)
-            for aggregate in sorted({dice.randrange(AGGREGATES) for _ in range(dice.randint(1, 3))}):  # sorted: no dead-lock
+            for aggregate in sorted(
+                {dice.randrange(AGGREGATES) for _ in range(dice.randint(1, 3))}
+            ):  # sorted: no dead-lock
                 name = f"order/{aggregate:02}"
                 for _ in range(dice.randint(1, 2)):
                     counter += 1
@@ -77,7 +81,9 @@ async def hostile_producer(dsn: str, number: int, ledger: Ledger, stop: asyncio.
         await connection.close()
 
 
-async def _undone_in_savepoint(connection: asyncpg.Connection[asyncpg.Record], aggregate: str, token: str, ledger: Ledger) -> None:
+async def _undone_in_savepoint(
+    connection: asyncpg.Connection[asyncpg.Record], aggregate: str, token: str, ledger: Ledger
+) -> None:
     savepoint = connection.transaction()
     await savepoint.start()
     await insert_event(connection, aggregate, token)

@@ -27,7 +27,9 @@ from tests.harness.outbox import (
 
 
 async def parked(connection: asyncpg.Connection[asyncpg.Record]) -> list[tuple[Any, ...]]:
-    rows = await connection.fetch("SELECT aggregate_id, seq, reason, state, attempts FROM relay.outbox_parked ORDER BY id")
+    rows = await connection.fetch(
+        "SELECT aggregate_id, seq, reason, state, attempts FROM relay.outbox_parked ORDER BY id"
+    )
     return [tuple(r) for r in rows]
 
 
@@ -77,7 +79,10 @@ async def test_bodies_that_are_not_json_arrive_byte_for_byte(database: str, brok
     bodies = [b"", b"\0\xff\x00", bytes(range(256)) * 4096]
     async with audit(broker) as witness, connected(database) as db, outbox_running(settings_for(database, broker)):
         for body in bodies:
-            await db.execute("INSERT INTO relay.outbox (event_type, body, content_type) VALUES ('Blob', $1, 'application/x-thing')", body)
+            await db.execute(
+                "INSERT INTO relay.outbox (event_type, body, content_type) VALUES ('Blob', $1, 'application/x-thing')",
+                body,
+            )
         messages = await witness.wait_for(len(bodies))
     assert [m.body for m in messages] == bodies
     assert {m.content_type for m in messages} == {"application/x-thing"}
@@ -120,7 +125,9 @@ async def test_an_unroutable_event_holds_only_its_own_aggregate_and_goes_out_in_
     assert witness.sequences() == {"order/1": list(range(1, 51)), "ghost/1": [1, 2, 3, 4, 5, 6]}
 
 
-async def test_parked_rows_survive_a_restart_of_the_relay_and_still_hold_their_aggregate(database: str, broker: str) -> None:
+async def test_parked_rows_survive_a_restart_of_the_relay_and_still_hold_their_aggregate(
+    database: str, broker: str
+) -> None:
     settings = settings_for(database, broker, outbox__retry_first_s=300)
     async with audit(broker, "order.#") as witness, connected(database) as db:
         async with outbox_running(settings) as outbox:
@@ -138,7 +145,9 @@ async def test_parked_rows_survive_a_restart_of_the_relay_and_still_hold_their_a
 
 
 async def test_after_max_attempts_an_aggregate_is_stuck_and_is_not_tried_again(database: str, broker: str) -> None:
-    settings = settings_for(database, broker, outbox__retry_first_s=0.05, outbox__retry_max_s=0.05, outbox__max_attempts=3)
+    settings = settings_for(
+        database, broker, outbox__retry_first_s=0.05, outbox__retry_max_s=0.05, outbox__max_attempts=3
+    )
     async with connected(database) as db, outbox_running(settings):
         await insert(db, "ghost/1")
 
@@ -149,10 +158,14 @@ async def test_after_max_attempts_an_aggregate_is_stuck_and_is_not_tried_again(d
         assert await db.fetchval("SELECT next_attempt_at FROM relay.outbox_parked") is None
 
 
-async def test_a_full_queue_nacks_and_everything_arrives_in_order_once_there_is_room(database: str, broker: str) -> None:
+async def test_a_full_queue_nacks_and_everything_arrives_in_order_once_there_is_room(
+    database: str, broker: str
+) -> None:
     settings = settings_for(database, broker, outbox__retry_first_s=0.1, outbox__retry_max_s=0.1)
     async with audit(broker, "none") as witness, connected(database) as db:
-        small = await witness.channel.declare_queue("small", durable=True, arguments={"x-max-length": 10, "x-overflow": "reject-publish"})
+        small = await witness.channel.declare_queue(
+            "small", durable=True, arguments={"x-max-length": 10, "x-overflow": "reject-publish"}
+        )
         await small.bind(witness.exchange, "order.#")
         async with outbox_running(settings) as outbox:
             progress = await shard_of(outbox)
@@ -241,7 +254,9 @@ async def test_a_standby_takes_over_within_seconds_of_a_kill_9(database: str, br
         try:
 
             async def waiting() -> Any:
-                return await db.fetchval("SELECT count(*) = 2 FROM pg_stat_activity WHERE application_name = 'relay lease 0' AND datname = current_database()")
+                return await db.fetchval(
+                    "SELECT count(*) = 2 FROM pg_stat_activity WHERE application_name = 'relay lease 0' AND datname = current_database()"
+                )
 
             await until(waiting)
             await owner.kill()
@@ -346,4 +361,9 @@ async def test_no_tombstone_type_can_be_inserted_by_hand(database: str) -> None:
 
 
 def test_pooler_and_broker_errors_have_stable_exit_codes() -> None:
-    assert (ConfigError.exit_code, PoolerError.exit_code, SchemaError.exit_code, BrokerRefused.exit_code) == (2, 2, 3, 5)
+    assert (ConfigError.exit_code, PoolerError.exit_code, SchemaError.exit_code, BrokerRefused.exit_code) == (
+        2,
+        2,
+        3,
+        5,
+    )

@@ -17,7 +17,9 @@ def tokens(witness: Audit) -> set[str]:
     return {json.loads(message.body)["token"] for message in witness.messages}
 
 
-async def test_24_hostile_producers_lose_nothing_and_an_open_transaction_delays_only_its_own_aggregate(database: str, broker: str) -> None:
+async def test_24_hostile_producers_lose_nothing_and_an_open_transaction_delays_only_its_own_aggregate(
+    database: str, broker: str
+) -> None:
     settings = settings_for(database, broker, outbox__page_rows=5)
     ledger, stop = Ledger(), asyncio.Event()
     async with audit(broker) as witness, connected(database) as patient, outbox_running(settings) as outbox:
@@ -41,5 +43,7 @@ async def test_24_hostile_producers_lose_nothing_and_an_open_transaction_delays_
         assert published == set(ledger.committed), "lost or phantom events"
         assert not published & ledger.rolled_back
         assert len(ledger.rolled_back) > 100, "the producers did not roll back enough to show anything"
-        assert witness.sequences(first_only=False) == {a: list(range(1, last + 1)) for a, last in ledger.expected().items()}
+        assert witness.sequences(first_only=False) == {
+            a: list(range(1, last + 1)) for a, last in ledger.expected().items()
+        }
         assert progress.pages > len(ledger.committed) / 5 * 0.5

@@ -29,8 +29,12 @@ def opener(request: pytest.FixtureRequest) -> Opener:
 
 
 @asynccontextmanager
-async def opened(opener: Opener, url: str, *, confirm_timeout_s: float = 10, **settings: Any) -> AsyncIterator[Publisher]:
-    publisher = await opener(RabbitmqSettings(url=url, **settings), confirm_timeout_s=confirm_timeout_s, name="contract")
+async def opened(
+    opener: Opener, url: str, *, confirm_timeout_s: float = 10, **settings: Any
+) -> AsyncIterator[Publisher]:
+    publisher = await opener(
+        RabbitmqSettings(url=url, **settings), confirm_timeout_s=confirm_timeout_s, name="contract"
+    )
     try:
         yield publisher
     finally:
@@ -72,7 +76,9 @@ async def test_an_empty_batch_has_no_outcomes(opener: Opener, broker: str) -> No
 async def test_exactly_the_unroutable_messages_are_returned(opener: Opener, broker: str) -> None:
     async with audit(broker, "order.#") as witness, opened(opener, broker) as publisher:
         lost = {3, 250, 251, 699}
-        outcomes = await publisher.publish([message(n, routing_key="nobody.Paid" if n in lost else "order.Paid") for n in range(700)])
+        outcomes = await publisher.publish(
+            [message(n, routing_key="nobody.Paid" if n in lost else "order.Paid") for n in range(700)]
+        )
         assert {n for n, outcome in enumerate(outcomes) if isinstance(outcome, Returned)} == lost
         assert sum(isinstance(outcome, Confirmed) for outcome in outcomes) == 700 - len(lost)
         assert len(await witness.wait_for(700 - len(lost))) == 696
@@ -80,7 +86,9 @@ async def test_exactly_the_unroutable_messages_are_returned(opener: Opener, brok
 
 async def test_what_is_confirmed_is_exactly_what_a_full_queue_took(opener: Opener, broker: str) -> None:
     async with audit(broker, "none") as witness:
-        full = await witness.channel.declare_queue("full", durable=True, arguments={"x-max-length": 50, "x-overflow": "reject-publish"})
+        full = await witness.channel.declare_queue(
+            "full", durable=True, arguments={"x-max-length": 50, "x-overflow": "reject-publish"}
+        )
         await full.bind(witness.exchange, "order.#")
         async with opened(opener, broker) as publisher:
             outcomes = await publisher.publish([message(n) for n in range(400)])
@@ -126,7 +134,9 @@ async def test_what_cannot_be_sent_is_refused_by_itself_and_its_neighbours_are_c
     assert [m.message_id for m in witness.messages] == ["id-1", "id-3", "id-4"]
 
 
-async def test_a_closed_connection_leaves_the_rest_unknown_and_the_session_lost(opener: Opener, broker: str, rabbitmq: RabbitMQ) -> None:
+async def test_a_closed_connection_leaves_the_rest_unknown_and_the_session_lost(
+    opener: Opener, broker: str, rabbitmq: RabbitMQ
+) -> None:
     async with audit(broker), opened(opener, broker) as publisher:
         assert await publisher.publish([message(0)]) == [Confirmed()]
         publishing = asyncio.create_task(publish_until_lost(publisher))
@@ -150,7 +160,9 @@ async def publish_until_lost(publisher: Publisher) -> tuple[int, list[Any]]:
     return sent, outcomes
 
 
-async def test_nothing_confirmed_is_missing_after_the_broker_was_killed(opener: Opener, rabbitmq: RabbitMQ, broker: str) -> None:
+async def test_nothing_confirmed_is_missing_after_the_broker_was_killed(
+    opener: Opener, rabbitmq: RabbitMQ, broker: str
+) -> None:
     async with audit(broker) as witness:
         await witness.channel.declare_queue("kept", durable=True)
         await (await witness.channel.get_queue("kept")).bind(witness.exchange, "order.#")
@@ -176,7 +188,9 @@ async def publisher_confirms(publishing: asyncio.Task[Any], publisher: Publisher
     return not publishing.done() and publisher.lost is None
 
 
-async def test_a_broker_that_does_not_answer_is_given_up_after_the_confirm_timeout(opener: Opener, broker: str, rabbitmq: RabbitMQ) -> None:
+async def test_a_broker_that_does_not_answer_is_given_up_after_the_confirm_timeout(
+    opener: Opener, broker: str, rabbitmq: RabbitMQ
+) -> None:
     async with audit(broker), opened(opener, broker, confirm_timeout_s=1) as publisher:
         assert await publisher.publish([message(0)]) == [Confirmed()]
         rabbitmq.ctl("set_vm_memory_high_watermark", "absolute", "1MB")

@@ -34,7 +34,12 @@ LOCK_MODES = """
 
 async def test_a_producer_that_saw_the_relay_awake_keeps_it_awake_until_it_commits(database: str, broker: str) -> None:
     settings = settings_for(database, broker, outbox__poll_interval_s=LONG_S)
-    async with audit(broker) as witness, connected(database) as slow, connected(database) as db, outbox_running(settings) as outbox:
+    async with (
+        audit(broker) as witness,
+        connected(database) as slow,
+        connected(database) as db,
+        outbox_running(settings) as outbox,
+    ):
         progress = await shard_of(outbox)
 
         async def barred() -> bool:
@@ -85,7 +90,12 @@ async def test_no_notification_is_sent_under_continuous_load(database: str, brok
 
 async def test_in_poll_mode_nobody_notifies_and_everything_arrives(database: str, broker: str) -> None:
     settings = settings_for(database, broker, outbox__wakeup="poll", outbox__poll_interval_s=0.02)
-    async with audit(broker) as witness, connected(database) as db, connected(database) as counter, outbox_running(settings):
+    async with (
+        audit(broker) as witness,
+        connected(database) as db,
+        connected(database) as counter,
+        outbox_running(settings),
+    ):
         heard: list[str] = []
         await counter.add_listener("relay_outbox", lambda *args: heard.append(str(args[3])))
         for n in range(1, 11):
@@ -153,7 +163,11 @@ async def test_two_phase_commit_works_for_producers_in_poll_mode_and_while_the_r
 
 async def test_from_commit_to_the_broker_a_sleeping_relay_takes_milliseconds(database: str, broker: str) -> None:
     """Not a timed test: it prints the median, and fails only where a poll interval (5 s) was waited for."""
-    async with audit(broker) as witness, connected(database) as db, outbox_running(settings_for(database, broker)) as outbox:
+    async with (
+        audit(broker) as witness,
+        connected(database) as db,
+        outbox_running(settings_for(database, broker)) as outbox,
+    ):
         progress = await shard_of(outbox)
         delays = []
         for n in range(1, 31):

@@ -29,10 +29,15 @@ TEMPLATE = Row(
 
 
 def rows(*aggregates: str | None) -> list[Row]:
-    return [dataclasses.replace(TEMPLATE, id=i, aggregate_id=a, seq=None if a is None else i) for i, a in enumerate(aggregates, 1)]
+    return [
+        dataclasses.replace(TEMPLATE, id=i, aggregate_id=a, seq=None if a is None else i)
+        for i, a in enumerate(aggregates, 1)
+    ]
 
 
-OUTCOMES: st.SearchStrategy[Outcome] = st.sampled_from([Confirmed(), Confirmed(), Confirmed(), Returned("NO_ROUTE"), Nacked(), Refused("too_large", "x"), Unknown("cut")])
+OUTCOMES: st.SearchStrategy[Outcome] = st.sampled_from(
+    [Confirmed(), Confirmed(), Confirmed(), Returned("NO_ROUTE"), Nacked(), Refused("too_large", "x"), Unknown("cut")]
+)
 
 
 def test_a_refused_row_parks_its_later_rows_even_those_that_were_confirmed() -> None:
@@ -58,7 +63,10 @@ def test_nothing_behind_an_unknown_row_is_settled() -> None:
     assert settlement.settled == 1
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), OUTCOMES), max_size=30), st.sets(st.sampled_from(["a", "b"])))
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), OUTCOMES), max_size=30),
+    st.sets(st.sampled_from(["a", "b"])),
+)
 def test_every_settled_row_is_confirmed_or_parked_and_no_confirmed_row_follows_a_parked_one(
     page: list[tuple[str | None, Outcome]], blocked_ids: set[str]
 ) -> None:
@@ -96,4 +104,10 @@ def test_the_delay_doubles_up_to_the_longest(attempts: int, expected: float) -> 
 def test_a_rows_own_routing_key_wins_over_the_template() -> None:
     assert routing_key(TEMPLATE, "{aggregate_type}.{event_type}") == "order.Paid"
     assert routing_key(dataclasses.replace(TEMPLATE, routing_key="x.y"), "{aggregate_type}") == "x.y"
-    assert routing_key(dataclasses.replace(TEMPLATE, aggregate_type=None, aggregate_id=None, seq=None), "{aggregate_type}.{event_type}") == "Paid"
+    assert (
+        routing_key(
+            dataclasses.replace(TEMPLATE, aggregate_type=None, aggregate_id=None, seq=None),
+            "{aggregate_type}.{event_type}",
+        )
+        == "Paid"
+    )
