@@ -1,0 +1,34 @@
+"""`python -m relay.demo.worker`: billing's inbox as a process that can be killed.
+
+Like `relay inbox run relay.demo.billing:inbox`, and prints a line of counts after each committed batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from dataclasses import asdict
+
+from relay.demo.billing import inbox
+from relay.inbox import Stats
+from relay.log import configure_logging
+from relay.settings import load_settings
+
+
+async def main() -> None:
+    """Until SIGTERM. Settings come from RELAY_* variables."""
+    settings = load_settings()
+    configure_logging(settings.daemon)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await inbox.run(settings, stop=stop, on_commit=tell)
+
+
+def tell(stats: Stats) -> None:
+    """One line of JSON for the screen."""
+    print(json.dumps({"event": "batch", **asdict(stats)}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
