@@ -4,7 +4,7 @@
 # missing (with apt-get, as root or through sudo), PostgreSQL comes with the environment.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv servers test demo check bench clean
+.PHONY: help venv servers test demo check bench manifest clean
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python
@@ -49,6 +49,10 @@ check: venv  ## lint, format, types, import rules
 
 bench: venv servers  ## measure outbox, relay and inbox on this machine
 	@$(BIN)/relay bench
+
+manifest: venv  ## write sql/manifest.txt again, after a change in sql/migrations
+	@$(PYTHON) -c 'from relay.sandbox import SandboxPostgres; from relay.postgres.manifest import main; server = SandboxPostgres().start(); code = main([server.dsn()]); server.stop(); raise SystemExit(code)' > sql/manifest.txt.new
+	@mv sql/manifest.txt.new sql/manifest.txt
 
 clean:  ## remove everything that make made
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -30,6 +30,7 @@ _SESSION = {
     # The planner's wrong turns measured in shared/PERFORMANCE.md B and G: a sequential scan, or a generic plan made for
     # an empty table, costs seconds on a young and never-analysed log.
     "enable_seqscan": "off",
+    "enable_bitmapscan": "off",  # the next page of a backlog would read all that is left, and sort it, for each page
     "plan_cache_mode": "force_custom_plan",
     "max_parallel_workers_per_gather": "0",
     "jit": "off",

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import asyncpg
 
-from relay.errors import PostgresError, PostgresRefused, PostgresUnavailable, PrivilegeError, SchemaError
+from relay.errors import ConfigError, PostgresError, PostgresRefused, PostgresUnavailable, PrivilegeError, SchemaError
 
 _SCHEMA_STATES = {"3F000", "42P01", "42703", "42883"}  # no such schema, table, column, function
 _REFUSED_STATES = {"28000", "28P01", "3D000"}  # authorisation, password, no such database
 
 
-def translated(exc: BaseException) -> PostgresError | None:
+def translated(exc: BaseException) -> PostgresError | ConfigError | None:
     """The relay error for an exception of asyncpg or the socket; None if it is neither."""
     if isinstance(exc, asyncpg.PostgresError):
         state = exc.sqlstate or ""
@@ -30,6 +30,8 @@ def translated(exc: BaseException) -> PostgresError | None:
         if state in _REFUSED_STATES:
             return PostgresRefused(f"PostgreSQL refused the login: {text}. Check postgres.dsn.", sqlstate=state)
         return PostgresUnavailable(f"PostgreSQL said: {text} (SQLSTATE {state})", sqlstate=state)
+    if isinstance(exc, asyncpg.ClientConfigurationError):
+        return ConfigError(f"postgres.dsn cannot be used: {exc}")
     if isinstance(
         exc, asyncpg.InterfaceError | asyncpg.InternalClientError
     ):  # the latter: cut in the middle of an exchange
@@ -37,7 +39,8 @@ def translated(exc: BaseException) -> PostgresError | None:
     if isinstance(exc, TimeoutError | asyncio.TimeoutError):
         return PostgresUnavailable("PostgreSQL did not answer in time")
     if isinstance(exc, OSError):
-        return PostgresUnavailable(f"PostgreSQL cannot be reached: {exc.strerror or exc}")
+        file = f": {exc.filename}" if exc.filename else ""  # of a certificate that the DSN names
+        return PostgresUnavailable(f"PostgreSQL cannot be reached: {exc.strerror or exc}{file}")
     return None
 
 

@@ -59,19 +59,20 @@ CREATE INDEX outbox_by_id  ON relay.outbox (shard, id);   -- the following pages
 
 -- Headers travel as AMQP headers: a flat object of strings, whole numbers and booleans, at most 16 KiB, no name of ours.
 CREATE FUNCTION relay.headers_are_valid(headers jsonb) RETURNS boolean
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-  SELECT pg_catalog.jsonb_typeof(headers) = 'object'
-     AND pg_catalog.octet_length(headers::text) <= 16384
+LANGUAGE sql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp AS $$
+  -- The search_path is pinned because the body is parsed at each use, in the session of the producer: its operators could be anybody's.
+  SELECT jsonb_typeof(headers) = 'object'
+     AND octet_length(headers::text) <= 16384
      AND NOT EXISTS (
-       SELECT FROM pg_catalog.jsonb_each(headers) AS h (name, value)
+       SELECT FROM jsonb_each(headers) AS h (name, value)
        WHERE h.name !~ '^[!-~]{1,128}$'
           OR h.name IN ('x-aggregate-type', 'x-aggregate-id', 'x-sequence', 'x-content-digest', 'x-tag')
           OR h.name LIKE 'x-relay-%'
-          OR CASE pg_catalog.jsonb_typeof(h.value)
+          OR CASE jsonb_typeof(h.value)
                WHEN 'string' THEN false
                WHEN 'boolean' THEN false
-               WHEN 'number' THEN (h.value #>> '{}')::numeric NOT BETWEEN -9223372036854775808 AND 9223372036854775807
-                               OR (h.value #>> '{}')::numeric % 1 <> 0
+               WHEN 'number' THEN h.value #>> '{}' !~ '^-?[0-9]{1,19}$'  -- 1.0 would travel as a 32-bit float
+                               OR (h.value #>> '{}')::numeric NOT BETWEEN -9223372036854775808 AND 9223372036854775807
                ELSE true
              END)
 $$;
@@ -162,7 +163,8 @@ CREATE TABLE relay.outbox_cursor (
   CONSTRAINT outbox_cursor_after_id_needs_a_window CHECK (window_snapshot IS NOT NULL OR after_id = 0),
   CONSTRAINT outbox_cursor_counts_up CHECK (after_id >= 0 AND high_id >= 0 AND epoch >= 0)
 ) WITH (fillfactor = 50);
-INSERT INTO relay.outbox_cursor (shard) VALUES (0);
+-- With the cluster's identity from the start, so that a restore is noticed even where no relay ever ran.
+INSERT INTO relay.outbox_cursor (shard, cluster_id) SELECT 0, system_identifier FROM pg_control_system();
 
 -- Rows that could not be published, and every later row of their aggregate. The content stays in relay.outbox.
 CREATE TABLE relay.outbox_parked (

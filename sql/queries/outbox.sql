@@ -1,6 +1,14 @@
 -- Everything the outbox daemon asks of PostgreSQL, in the order a row meets it.
 -- Each block is named; $n are listed with their types, since asyncpg binds by position.
 
+-- name: probe_outbox
+-- Fails if this role may not do what the daemon does, or the server only reads: found out at the start. Changes nothing.
+WITH c AS (UPDATE relay.outbox_cursor SET epoch = epoch WHERE false),
+     i AS (INSERT INTO relay.outbox_parked (id, shard, reason, state) SELECT 0, 0, 'behind', 'waiting' WHERE false),
+     u AS (UPDATE relay.outbox_parked SET attempts = attempts WHERE false),
+     d AS (DELETE FROM relay.outbox_parked WHERE false)
+SELECT FROM relay.outbox WHERE false
+
 -- name: list_shards
 -- The shards of this log.
 SELECT shard FROM relay.outbox_cursor ORDER BY shard
@@ -40,6 +48,7 @@ ORDER BY o.id
 
 -- name: open_window_with_late
 -- The same, when transactions were in progress at the cursor's snapshot: their rows are new as well.
+-- Each is looked up on its own: `= ANY (list)` with a long list reads all of a log that was never analysed (PostgreSQL 15).
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[])
 WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
 SELECT me.snapshot, o.* FROM me LEFT JOIN LATERAL (
@@ -49,9 +58,11 @@ SELECT me.snapshot, o.* FROM me LEFT JOIN LATERAL (
              created_at, payload, body
       FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
       UNION ALL
-      SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
-             created_at, payload, body
-      FROM relay.outbox WHERE shard = $1 AND xid = ANY ($5::text[]::xid8[])
+      SELECT late.* FROM unnest($5::text[]::xid8[]) AS t (xid) CROSS JOIN LATERAL (
+        SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
+               created_at, payload, body
+        FROM relay.outbox o WHERE o.shard = $1 AND o.xid = t.xid OFFSET 0
+      ) late
     ) u ORDER BY id + 0 LIMIT $3
   ) p
 ) o ON o.bytes_before < $4

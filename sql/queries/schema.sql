@@ -26,6 +26,7 @@ INSERT INTO relay.migration (version, name, checksum) VALUES ($1, $2, $3)
 -- name: missing_roles
 SELECT rolname FROM unnest(ARRAY['relay_producer', 'relay_daemon', 'relay_consumer', 'relay_operator', 'relay_monitor']) AS rolname
 WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = rolname.rolname)
+ORDER BY rolname
 
 -- name: schema_manifest
 -- One line an object. Only what PostgreSQL 14 to 18 describe alike: not-null constraints are told as part of the column.
