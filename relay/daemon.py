@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from relay.errors import ConfigError, PostgresRefused, PrivilegeError
+from relay.errors import ConfigError, SchemaError
 from relay.outbox.lease import Ownership, wait_for_ownership
 from relay.outbox.reader import Reader
 from relay.outbox.shard import Progress, Shard
@@ -25,12 +25,9 @@ from relay.postgres.queries import query
 from relay.rabbitmq.contract import Publisher
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.settings import Settings
-from relay.supervisor import supervise, until_stopped
+from relay.supervisor import WRONG_AT_START, supervise, until_stopped
 
 log = structlog.get_logger()
-
-_WRONG_AT_START = (PrivilegeError, PostgresRefused)
-"""A running daemon waits for rights or a password to come back; one that starts without them was set up wrongly."""
 
 
 @dataclass(slots=True)
@@ -69,13 +66,16 @@ class Outbox:
             async with connection(self.settings.postgres, application="relay start") as opened:
                 await require_current(opened)
                 with postgres_errors():
+                    await opened.execute(query("probe_outbox"))
                     found.extend(r["shard"] for r in await opened.fetch(query("list_shards")))
+                if not found:
+                    raise SchemaError("relay.outbox_cursor is empty: nobody would publish anything. Restore its row, see README, Restore.")
 
         async def patiently() -> None:
             await self._until_stopped(look())
 
         await supervise(
-            patiently, name="start", settings=self.settings.daemon, stop=self.stop, log=log, fatal=_WRONG_AT_START
+            patiently, name="start", settings=self.settings.daemon, stop=self.stop, log=log, fatal=WRONG_AT_START
         )
         return found
 

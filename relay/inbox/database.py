@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import asyncpg
 
 from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
-from relay.postgres.connect import Connection, close, connect
+from relay.postgres.connect import PLANS, Connection, close, connect
 from relay.postgres.errors import postgres_errors
 from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
@@ -32,7 +32,7 @@ class Database:
     async def connection(self) -> Connection:
         """The connection; the schema is checked when it is opened. Raises PostgresError."""
         if self._connection is None or self._connection.is_closed():
-            opened = await connect(self._settings, application=self._application)
+            opened = await connect(self._settings, application=self._application, plans=PLANS)
             self._connection = opened
             opened.add_termination_listener(self._on_termination)
             await require_current(opened)

@@ -83,5 +83,5 @@ async def _rebase(connection: Connection, shard: int, epoch: int, cluster_id: in
     rewritten = await connection.execute(query("rebase"), shard)
     snapshot = await connection.fetchval(query("rebase_cursor"), shard, epoch, cluster_id)
     await connection.execute(query("advance_ids"))
-    log.warning("rebased", shard=shard, rows=rewritten, reason="the log was restored into another cluster")
+    log.warning("rebased", shard=shard, rows=int(rewritten.split()[-1]), reason="the log was restored into another cluster")
     return Position(Snapshot.parse(snapshot))

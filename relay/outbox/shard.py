@@ -244,6 +244,8 @@ class Shard:
             await self._get_up()
             await self._retry(due)
         await self._plan_retry()
+        if not due and self._retry_at is not None:  # overdue, and yet nothing to try: somebody else changed the table
+            self._retry_at = max(self._retry_at, self._clock() + self._settings.retry_first_s)
 
     async def _retry(self, due: Sequence[Due]) -> None:
         attempts = {d.row.id: d.attempts for d in due}

@@ -58,9 +58,10 @@ class Store:
 
     async def due(self) -> list[Due]:
         """A portion of the parked rows that may be tried now, by id: heads, each with some of the rows behind it."""
+        rows_each = 1 if self._settings.order == "strict" else _RETRY_ROWS_EACH
         with postgres_errors():
             records = await self._connection.fetch(
-                query("due_parked"), self._shard, _RETRY_AGGREGATES, _RETRY_ROWS_EACH, self._settings.page_bytes
+                query("due_parked"), self._shard, _RETRY_AGGREGATES, rows_each, self._settings.page_bytes
             )
         return [Due(to_row(r), r["attempts"], r["reason"] == "refused") for r in records]
 

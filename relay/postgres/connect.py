@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeAlias
 
@@ -27,18 +27,24 @@ _SESSION = {
     "tcp_user_timeout": "10000",  # ms
     "idle_session_timeout": "0",
     "timezone": "UTC",
-    # The planner's wrong turns measured in shared/PERFORMANCE.md B and G: a sequential scan, or a generic plan made for
-    # an empty table, costs seconds on a young and never-analysed log.
-    "enable_seqscan": "off",
-    "enable_bitmapscan": "off",  # the next page of a backlog would read all that is left, and sort it, for each page
-    "plan_cache_mode": "force_custom_plan",
-    "max_parallel_workers_per_gather": "0",
-    "jit": "off",
 }
 
+# The planner's wrong turns, measured: a sequential scan, or a generic plan made for an empty table, costs seconds on a young
+# and never-analysed log (shared/PERFORMANCE.md B and G).
+PLANS = {"enable_seqscan": "off", "plan_cache_mode": "force_custom_plan", "jit": "off"}
+"""For the inbox. Handlers run on the same connection, so only what cannot hurt a statement that has an index."""
 
-async def connect(settings: PostgresSettings, *, application: str) -> Connection:
-    """A direct session, UTF-8, with short server-side keepalives.
+READER_PLANS = PLANS | {
+    "enable_bitmapscan": "off",  # the next page of a backlog would read all that is left, and sort it, for each page
+    "max_parallel_workers_per_gather": "0",
+}
+"""For the outbox's reader: the plans that tests/integration/test_reader_plans.py pins."""
+
+
+async def connect(
+    settings: PostgresSettings, *, application: str, plans: Mapping[str, str] = READER_PLANS
+) -> Connection:
+    """A direct session, UTF-8, with short server-side keepalives and these planner settings.
 
     Raises PoolerError through a connection pooler, PostgresUnavailable when there is no answer, SchemaError for a
     database that is not UTF-8.
@@ -54,7 +60,7 @@ async def connect(settings: PostgresSettings, *, application: str) -> Connection
     try:
         with postgres_errors():
             await _refuse_pooler(connection)
-            await _set_session(connection)
+            await _set_session(connection, plans)
     except BaseException:
         connection.terminate()
         raise
@@ -95,9 +101,9 @@ _POOLER = (
 )
 
 
-async def _set_session(connection: Connection) -> None:
+async def _set_session(connection: Connection, plans: Mapping[str, str]) -> None:
     encoding = await connection.fetchval(query("server_encoding"))
     if encoding != "UTF8":
         raise SchemaError(f"the database's encoding is {encoding}; relay needs UTF8")
-    for name, value in _SESSION.items():
+    for name, value in (_SESSION | dict(plans)).items():
         await connection.execute(query("set_session"), name, value)

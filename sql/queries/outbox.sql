@@ -17,7 +17,8 @@ SELECT shard FROM relay.outbox_cursor ORDER BY shard
 -- Raises the fence: from now on only this epoch may move the shard's cursor.
 -- from_the_future: the cursor, or a row of the log, has a transaction id that this cluster has not come to. Such a row would be new for ever.
 -- $1 shard, $2 owner (text, for people)
-UPDATE relay.outbox_cursor SET epoch = epoch + 1, owner = $2, updated_at = now()
+-- updated_at stays that of the last checkpoint: no row that is younger has been published, which is what a restore relies on.
+UPDATE relay.outbox_cursor SET epoch = epoch + 1, owner = $2
 WHERE shard = $1
 RETURNING epoch, source, cluster_id, high_id, after_id,
   snapshot::text AS snapshot, window_snapshot::text AS window_snapshot,
@@ -173,10 +174,11 @@ LOCK TABLE relay.outbox IN SHARE ROW EXCLUSIVE MODE
 
 -- name: rebase
 -- After a restore into another cluster: what was not published gets a transaction id of this one. What was, or is parked, an id no reader looks at.
--- Published is: visible in the cursor (its snapshot, or its window up to after_id) and not above high_id.
+-- Published is: visible in the cursor (its snapshot, or its window up to after_id), not above high_id, and older than the last
+-- checkpoint: a row that was inserted here before the first run has a small xid too, and a small id if the sequence was not restored.
 -- $1 shard
 UPDATE relay.outbox o
-SET xid = CASE WHEN o.id <= c.high_id AND (
+SET xid = CASE WHEN o.id <= c.high_id AND o.created_at <= c.updated_at AND (
                       pg_visible_in_snapshot(o.xid, c.snapshot)
                       OR (c.window_snapshot IS NOT NULL AND o.id <= c.after_id AND pg_visible_in_snapshot(o.xid, c.window_snapshot)))
                  OR o.id IN (SELECT p.id FROM relay.outbox_parked p)
