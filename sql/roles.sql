@@ -30,7 +30,7 @@ GRANT EXECUTE ON FUNCTION relay.emit(text, text, text, jsonb, jsonb, text, bigin
 -- The outbox daemon reads the log, moves its cursor, parks and un-parks. It cannot write events.
 GRANT SELECT ON relay.migration, relay.outbox, relay.outbox_aggregate, relay.outbox_cursor, relay.outbox_parked TO relay_daemon;
 GRANT UPDATE ON relay.outbox_cursor TO relay_daemon;
-GRANT UPDATE (xid), TRUNCATE ON relay.outbox TO relay_daemon;  -- xid: re-basing after a restore; TRUNCATE: its lock, and retention
+GRANT UPDATE (xid, id), TRUNCATE ON relay.outbox TO relay_daemon;  -- xid: re-basing after a restore; TRUNCATE: its lock, and retention
 GRANT SELECT, UPDATE ON SEQUENCE relay.outbox_id_seq TO relay_daemon;  -- re-basing: new ids must follow the restored ones
 GRANT EXECUTE ON FUNCTION relay.headers_are_valid(jsonb) TO relay_daemon;  -- re-basing: an UPDATE evaluates the CHECK constraints
 GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;

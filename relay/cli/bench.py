@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from relay.bench.run import Report, measure
-from relay.bench.workload import Workload
 from relay.log import configure_logging
 from relay.settings import DaemonSettings
+
+if TYPE_CHECKING:
+    from relay.bench.run import Report
 
 
 @click.command()
@@ -33,6 +35,9 @@ from relay.settings import DaemonSettings
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def bench(events: int, aggregates: int, payload: int, rounds: int, *, as_json: bool) -> None:
     """Measure outbox, relay and inbox on throwaway servers of this machine (fsync on, persistent, confirmed)."""
+    from relay.bench.run import measure  # not before it is asked for: a daemon needs neither this nor the sandbox
+    from relay.bench.workload import Workload
+
     configure_logging(DaemonSettings(log_level="warning", log_format="text"))
     workload = Workload(-(-events // 500) * 500, aggregates, payload)
     progress = Console(stderr=True)

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import click
 from rich.console import Console
 
-from relay.demo.run import run
-from relay.demo.stage import Options
 from relay.log import configure_logging
 from relay.settings import DaemonSettings
 
@@ -41,17 +41,20 @@ def demo(orders: int, seconds: float, seed: int, *, plain: bool) -> None:
                 9   inconclusive: not every kind of fault really happened
                 10  relay got something wrong
     """  # noqa: D301 - click wants the character itself
+    from relay.demo.run import run  # not before it is asked for: a daemon needs neither this nor the sandbox
+    from relay.demo.stage import Options
+
     configure_logging(DaemonSettings(log_level="error"))
     for library in ("aiormq", "aio_pika"):  # that RabbitMQ went away is no news here
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    code = asyncio.run(_run(Options(orders=orders, seconds=seconds, seed=seed, plain=plain)))
+    code = asyncio.run(_until_signalled(run(Options(orders=orders, seconds=seconds, seed=seed, plain=plain), Console())))
     sys.exit(code)
 
 
-async def _run(options: Options) -> int:
+async def _until_signalled(work_to_do: Coroutine[Any, Any, int]) -> int:
     """The first Ctrl-C or SIGTERM stops everything; the second does not wait for that (the servers end all the same)."""
     loop = asyncio.get_running_loop()
-    work = asyncio.create_task(run(options, Console()))
+    work = asyncio.create_task(work_to_do)
 
     def stop() -> None:
         for number in _SIGNALS:

@@ -14,7 +14,7 @@ from typing import Literal
 from relay.message import Aggregate, Row
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
 
-Reason = Literal["unroutable", "nacked", "refused", "too_large", "unencodable", "behind"]
+Reason = Literal["unroutable", "nacked", "refused", "too_large", "unencodable", "unconfirmed", "behind"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Due:
 
     row: Row
     attempts: int  # refusals so far
-    alone: bool  # it closed the channel the last time: nothing else may be in flight beside it
+    alone: bool  # it closed the channel, or was never confirmed: tried with nothing beside it
 
 
 class Store:
@@ -63,7 +63,7 @@ class Store:
             records = await self._connection.fetch(
                 query("due_parked"), self._shard, _RETRY_AGGREGATES, rows_each, self._settings.page_bytes
             )
-        return [Due(to_row(r), r["attempts"], r["reason"] == "refused") for r in records]
+        return [Due(to_row(r), r["attempts"], r["reason"] in ("refused", "unconfirmed")) for r in records]
 
     async def next_attempt_s(self) -> float | None:
         """Seconds until a parked row is due (negative: overdue); None when none ever will be."""
@@ -71,9 +71,7 @@ class Store:
             seconds: float | None = await self._connection.fetchval(query("next_parked_attempt"), self._shard)
         return seconds
 
-    async def unpark(
-        self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]], position: Position, high_id: int
-    ) -> set[Aggregate]:
+    async def unpark(self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]) -> set[Aggregate]:
         """Remove the rows that went out, delay those that were refused again (with their refusals so far).
 
         Returns which of these aggregates are still blocked. In one transaction, fenced like a checkpoint.
@@ -81,7 +79,8 @@ class Store:
         aggregates = {a for a in (row.aggregate for row in (*published, *(p.row for p, _ in refused))) if a is not None}
         with postgres_errors():
             async with self._connection.transaction():
-                await self._move(position, high_id)
+                high_id = max((row.id for row in published), default=0)
+                self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, high_id))
                 await self._connection.execute(query("unpark"), [row.id for row in published])
                 await self._delay(refused)
                 still = await self._connection.fetch(
@@ -99,7 +98,10 @@ class Store:
             position.after_id,
             high_id,
         )
-        if moved is None:
+        self._require(moved)
+
+    def _require(self, owned: int | None) -> None:
+        if owned is None:
             raise LeaseLost(
                 f"shard {self._shard}: another relay took over (epoch {self._epoch} is over); this one stops"
             )

@@ -34,7 +34,7 @@ class Nacked:
 class Refused:
     """The message was not sent, or closed the channel by itself: it cannot be published as it is."""
 
-    reason: Literal["too_large", "unencodable", "refused"]
+    reason: Literal["too_large", "unencodable", "refused", "unconfirmed"]
     detail: str
 
 
@@ -43,6 +43,7 @@ class Unknown:
     """The session ended before the answer. The message may or may not have arrived: publish it again in a new session."""
 
     detail: str
+    timed_out: bool = False  # it was sent, and not confirmed within the confirm time-out
 
 
 Outcome = Confirmed | Returned | Nacked | Refused | Unknown
@@ -87,6 +88,8 @@ class Consumer(Protocol):
 
     async def receive(self, limit: int) -> list[Delivery]:
         """The next deliveries in the broker's order: waits for the first, then takes what is there, at most `limit`.
+
+        Fewer, also when more are there, where their bodies would take too much memory.
 
         Raises BrokerError when the session has ended (connection, channel, queue deleted, cancelled by the broker);
         nothing that was received and not acknowledged is lost then, the broker delivers it again. Safe to cancel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ class StockPublisher:
                 BrokerUnavailable(f"{len(late)} messages were not confirmed within {self._confirm_timeout_s:g} s")
             )
             await _discard(list(late))
-        return [self._outcome(task, len(messages)) for task in tasks]
+        return [self._outcome(task, len(messages), late=task in late) for task in tasks]
 
     async def _publish_one(self, message: Message) -> Outcome:
         if (refused := _unsendable(message)) is not None:
@@ -116,15 +117,20 @@ class StockPublisher:
             return Returned(reply_text(exc))
         except aiormq.exceptions.DeliveryError:
             return Nacked()
-        except (ValueError, TypeError, OverflowError) as exc:  # pamqp cannot encode it; aiormq 7.2.4 takes its tag back
+        except (
+            ValueError,
+            TypeError,
+            OverflowError,
+            struct.error,
+        ) as exc:  # pamqp cannot encode it; aiormq 7.2.4 takes its tag back
             return Refused("unencodable", f"{type(exc).__name__}: {exc}"[:300])
         return Confirmed() if isinstance(answer, Basic.Ack) else Unknown(f"unexpected answer {type(answer).__name__}")
 
-    def _outcome(self, task: asyncio.Task[Outcome], in_flight: int) -> Outcome:
+    def _outcome(self, task: asyncio.Task[Outcome], in_flight: int, *, late: bool) -> Outcome:
         """A task that ended with an exception, or as if cancelled (the heartbeat died), has no answer from the broker."""
         if task.cancelled():
             self._end(self._lost or BrokerUnavailable("the connection died (no heartbeat)"))
-            return Unknown(str(self._lost))
+            return Unknown(str(self._lost), timed_out=late)
         exc = task.exception()
         if exc is None:
             return task.result()
@@ -150,7 +156,7 @@ async def _discard(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
 
 def _blames_the_message(exc: BaseException) -> bool:
     code = reply_code(exc)
-    return code in _MESSAGE_AT_FAULT or (code == 403 and "topic" in reply_text(exc))
+    return code in _MESSAGE_AT_FAULT or (code == 403 and "access to topic '" in reply_text(exc))
 
 
 def _unsendable(message: Message) -> Refused | None:

@@ -45,6 +45,8 @@ CREATE TABLE relay.outbox (
   CONSTRAINT outbox_payload_or_body CHECK (num_nonnulls(payload, body) = 1),
   CONSTRAINT outbox_size_is_at_most_16_mib CHECK (size BETWEEN 0 AND 16777216),
   CONSTRAINT outbox_content_type_is_printable CHECK (content_type ~ '^[ -~]{1,100}$'),
+  -- What AMQP and every client's calendar can carry; a default or a historical import is in it.
+  CONSTRAINT outbox_created_at_is_from_1970_to_9999 CHECK (created_at >= '1970-01-01 00:00Z' AND created_at < '9999-12-31 00:00Z'),
   CONSTRAINT outbox_routing_key_is_1_to_255_bytes CHECK (octet_length(routing_key) BETWEEN 1 AND 255)
 ) PARTITION BY LIST (slot);
 
@@ -53,6 +55,12 @@ CREATE TABLE relay.outbox_0 PARTITION OF relay.outbox FOR VALUES IN (0);
 CREATE TABLE relay.outbox_1 PARTITION OF relay.outbox FOR VALUES IN (1);
 CREATE TABLE relay.outbox_2 PARTITION OF relay.outbox FOR VALUES IN (2);
 CREATE TABLE relay.outbox_3 PARTITION OF relay.outbox FOR VALUES IN (3);
+
+-- A publication FOR ALL TABLES refuses every UPDATE of a table without an identity, and re-basing after a restore is one.
+ALTER TABLE relay.outbox_0 REPLICA IDENTITY FULL;
+ALTER TABLE relay.outbox_1 REPLICA IDENTITY FULL;
+ALTER TABLE relay.outbox_2 REPLICA IDENTITY FULL;
+ALTER TABLE relay.outbox_3 REPLICA IDENTITY FULL;
 
 CREATE INDEX outbox_by_xid ON relay.outbox (shard, xid);  -- the first page of a window: what is new
 CREATE INDEX outbox_by_id  ON relay.outbox (shard, id);   -- the following pages, and look-ups
@@ -180,7 +188,7 @@ CREATE TABLE relay.outbox_parked (
   parked_at       timestamptz NOT NULL DEFAULT now(),
   next_attempt_at timestamptz,
   CONSTRAINT outbox_parked_reason_is_known
-    CHECK (reason IN ('unroutable', 'nacked', 'refused', 'too_large', 'unencodable', 'behind')),
+    CHECK (reason IN ('unroutable', 'nacked', 'refused', 'too_large', 'unencodable', 'unconfirmed', 'behind')),
   -- waiting: behind another row of its aggregate; retrying: tried again at next_attempt_at; stuck: waits for an operator
   CONSTRAINT outbox_parked_state_is_known CHECK (state IN ('waiting', 'retrying', 'stuck')),
   CONSTRAINT outbox_parked_retrying_has_a_time CHECK ((state = 'retrying') = (next_attempt_at IS NOT NULL)),

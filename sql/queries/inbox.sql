@@ -68,6 +68,57 @@ FROM (
 WHERE bytes_before < $7
 ORDER BY aggregate_id, seq
 
+-- name: make_successors_due
+-- The held message right after each of these cursors is to be tried next, in another transaction. However many and large they
+-- are: a line that is left out here would wait for ever. Returns the aggregates that have one.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[]), $5 their last seq (bigint[])
+UPDATE relay.inbox_held h
+SET reason = 'behind', state = 'retrying', next_attempt_at = clock_timestamp()
+FROM unnest($4::text[], $5::bigint[]) AS c (aggregate_id, last_seq)
+WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = $3 AND h.source = $2 AND h.consumer = $1 AND h.seq = c.last_seq + 1
+RETURNING h.aggregate_id
+
+-- name: release_waiting
+-- Makes due what waits although its turn has come: `state = 'waiting'` right after the cursor. No transaction of ours leaves such
+-- a row, so there is no need for a lock to find it; it heals what an older version, or a hand, has left.
+-- Skips through the index from one aggregate to the next, $5 at most, from where the last walk ended: what it costs does
+-- not grow with the number of messages that an aggregate has waiting. Returns how many were made due, and where the walk
+-- ended (null: there are no more).
+-- $1 consumer, $2 aggregate id, $3 aggregate type, $4 source (to start after; '' for all), $5 aggregates (integer)
+WITH RECURSIVE walk AS (
+  SELECT $2::text AS aggregate_id, $3::text AS aggregate_type, $4::text AS source, 0 AS n
+  UNION ALL
+  SELECT later.aggregate_id, later.aggregate_type, later.source, walk.n + 1
+  FROM walk CROSS JOIN LATERAL (
+    SELECT h.aggregate_id, h.aggregate_type, h.source FROM relay.inbox_held h
+    WHERE h.seq IS NOT NULL AND h.consumer = $1
+      AND (h.aggregate_id, h.aggregate_type, h.source) > (walk.aggregate_id, walk.aggregate_type, walk.source)
+    ORDER BY h.aggregate_id, h.aggregate_type, h.source LIMIT 1
+  ) AS later
+  WHERE walk.n < $5::integer
+), waiting AS (
+  SELECT turn.id
+  FROM walk
+  CROSS JOIN LATERAL (
+    SELECT c.last_seq FROM relay.inbox_aggregate c
+    WHERE c.aggregate_id = walk.aggregate_id AND c.aggregate_type = walk.aggregate_type AND c.source = walk.source AND c.consumer = $1
+    LIMIT 1  -- keeps the planner from joining the other way round
+  ) AS cursor
+  CROSS JOIN LATERAL (
+    SELECT h.id FROM relay.inbox_held h
+    WHERE h.aggregate_id = walk.aggregate_id AND h.aggregate_type = walk.aggregate_type AND h.source = walk.source
+      AND h.consumer = $1 AND h.seq = cursor.last_seq + 1 AND h.state = 'waiting'
+    LIMIT 1
+  ) AS turn
+), released AS (
+  UPDATE relay.inbox_held h
+  SET reason = 'behind', state = 'retrying', next_attempt_at = clock_timestamp()
+  WHERE h.id = ANY (ARRAY(SELECT id FROM waiting)) AND h.state = 'waiting'
+  RETURNING h.id
+)
+SELECT (SELECT count(*) FROM released) AS released, ended.aggregate_id, ended.aggregate_type, ended.source
+FROM (SELECT 1) AS always LEFT JOIN walk AS ended ON ended.n = $5::integer
+
 -- name: due_held
 -- Which held messages are to be tried now. Not locked: `lock_due_held` looks again, under the cursors' locks.
 -- $1 consumer, $2 rows, $3 bytes
@@ -108,11 +159,31 @@ ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
 DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
 
 -- name: delete_held_through
--- Held messages that have been applied, or were overtaken.
--- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[]), $5 their last seq (bigint[])
-DELETE FROM relay.inbox_held h
-USING unnest($4::text[], $5::bigint[]) AS c (aggregate_id, last_seq)
-WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = $3 AND h.source = $2 AND h.consumer = $1 AND h.seq <= c.last_seq
+-- Held messages that have been applied, or were overtaken. What was applied under the same number came from the broker, and
+-- may be something else than what was held: then the held one is a conflict, and goes to the quarantine whole.
+-- Returns those. Their bodies do not leave the server.
+-- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[]), $5 their last seq (bigint[]),
+-- what was applied: $6 aggregate ids (text[]), $7 seqs (bigint[]), $8 digests (bytea[]); $9 the event type of tombstones
+WITH gone AS (
+  DELETE FROM relay.inbox_held h
+  USING unnest($4::text[], $5::bigint[]) AS c (aggregate_id, last_seq)
+  WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = $3 AND h.source = $2 AND h.consumer = $1 AND h.seq <= c.last_seq
+  RETURNING h.*
+), conflict AS (
+  SELECT gone.*
+  FROM gone JOIN unnest($6::text[], $7::bigint[], $8::bytea[]) AS applied (aggregate_id, seq, digest) USING (aggregate_id, seq)
+  WHERE gone.digest <> applied.digest AND gone.event_type <> $9
+), kept AS (  -- with the properties that relay.inbox.storable.properties_of_event writes
+  INSERT INTO relay.inbox_quarantine (consumer, reason, detail, message_id, exchange, routing_key, properties, body)
+  SELECT $1, 'conflict', format('%s/%s seq %s was held, and applied with other content', aggregate_type, aggregate_id, seq),
+         message_id, '', '',
+         jsonb_build_object('message_id', message_id, 'type', event_type, 'app_id', source, 'content_type', content_type,
+                            'timestamp', occurred_at, 'aggregate_type', aggregate_type, 'aggregate_id', aggregate_id,
+                            'sequence', seq, 'digest', encode(digest, 'hex'), 'headers', headers),
+         body
+  FROM conflict
+)
+SELECT source, aggregate_type, aggregate_id, seq, message_id FROM conflict
 
 -- name: delete_held
 -- $1 ids (bigint[])

@@ -13,6 +13,11 @@ SELECT FROM relay.outbox WHERE false
 -- The shards of this log.
 SELECT shard FROM relay.outbox_cursor ORDER BY shard
 
+-- name: lock_cursor
+-- Before `take_ownership`, so that its snapshot is younger than the last checkpoint of the owner before us.
+-- $1 shard
+SELECT FROM relay.outbox_cursor WHERE shard = $1 FOR UPDATE
+
 -- name: take_ownership
 -- Raises the fence: from now on only this epoch may move the shard's cursor.
 -- from_the_future: the cursor, or a row of the log, has a transaction id that this cluster has not come to. Such a row would be new for ever.
@@ -145,6 +150,11 @@ SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 FROM relay.outbo
 -- $1 ids (bigint[])
 DELETE FROM relay.outbox_parked WHERE id = ANY ($1::bigint[])
 
+-- name: fence
+-- Whether we are still the owner; locks the cursor, so that the answer holds until the end of the transaction. No row: we are not.
+-- $1 shard, $2 epoch, $3 highest id published now
+UPDATE relay.outbox_cursor SET high_id = greatest(high_id, $3) WHERE shard = $1 AND epoch = $2 RETURNING shard
+
 -- name: delay_parked
 -- A parked row was tried and refused again.
 -- Arrays: $1 id, $2 reason, $3 detail, $4 state, $5 attempts, $6 delay until the next attempt (s, null when stuck)
@@ -185,6 +195,31 @@ SET xid = CASE WHEN o.id <= c.high_id AND o.created_at <= c.updated_at AND (
                THEN '3'::xid8 ELSE pg_current_xact_id() END
 FROM relay.outbox_cursor c
 WHERE c.shard = $1 AND o.shard = $1
+  AND NOT (o.xid < pg_snapshot_xmin(pg_current_snapshot()) AND o.created_at <= c.updated_at AND (
+             o.id <= c.high_id AND pg_visible_in_snapshot(o.xid, c.snapshot) OR o.id IN (SELECT p.id FROM relay.outbox_parked p)))
+
+-- name: renumber
+-- Where the sequence did not come along, ids were given out again. Then what is unpublished (it has this transaction's id now) gets new
+-- ones above all others: by the time of its creation, but never before an earlier event of its aggregate. Otherwise nothing happens.
+-- $1 shard
+WITH cursor AS (
+  SELECT high_id, updated_at FROM relay.outbox_cursor WHERE shard = $1
+), top AS (
+  SELECT greatest(max(o.id), (SELECT max(high_id) FROM relay.outbox_cursor)) AS id FROM relay.outbox o
+), needed AS (
+  SELECT EXISTS (SELECT FROM relay.outbox o, cursor c WHERE o.created_at > c.updated_at AND o.id <= c.high_id)
+      OR EXISTS (SELECT FROM relay.outbox o GROUP BY o.id HAVING count(*) > 1) AS so
+), unpublished AS (
+  SELECT o.tableoid, o.ctid, o.id, o.seq,
+         max(o.created_at) OVER (PARTITION BY o.aggregate_id, o.aggregate_type, o.seq IS NULL ORDER BY o.seq, o.id) AS since
+  FROM relay.outbox o
+  WHERE o.shard = $1 AND o.xid = pg_current_xact_id() AND (SELECT so FROM needed)
+), numbered AS (
+  SELECT u.tableoid, u.ctid, row_number() OVER (ORDER BY u.since, u.seq, u.id) AS n FROM unpublished u
+)
+UPDATE relay.outbox o SET id = top.id + numbered.n
+FROM numbered, top
+WHERE o.tableoid = numbered.tableoid AND o.ctid = numbered.ctid
 
 -- name: rebase_cursor
 -- The cursor of a re-based shard: a snapshot of this cluster in which this transaction is still in progress.
@@ -205,7 +240,8 @@ RETURNING snapshot::text AS snapshot
 
 -- name: advance_ids
 -- After a restore that did not bring the sequence along: new ids must follow the old ones.
-SELECT setval('relay.outbox_id_seq', greatest((SELECT max(id) FROM relay.outbox), (SELECT last_value FROM relay.outbox_id_seq)), true)
+SELECT setval('relay.outbox_id_seq', greatest((SELECT max(id) FROM relay.outbox), (SELECT max(high_id) FROM relay.outbox_cursor),
+                                              (SELECT last_value FROM relay.outbox_id_seq)), true)
 
 -- name: try_owner_lock
 -- $1 class, $2 shard

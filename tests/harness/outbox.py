@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from relay.daemon import Outbox
-from relay.outbox.shard import Progress
+from relay.outbox.progress import Progress
 from relay.settings import Settings, load_settings
 
 

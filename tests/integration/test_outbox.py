@@ -10,6 +10,7 @@ import aio_pika
 import asyncpg
 import pytest
 
+from relay.daemon import Outbox
 from relay.errors import BrokerRefused, ConfigError, PoolerError, SchemaError
 from relay.message import TOMBSTONE
 from relay.sandbox import RabbitMQ
@@ -273,7 +274,7 @@ async def test_a_standby_takes_over_within_seconds_of_a_kill_9(database: str, br
 async def test_an_owner_that_lost_its_lock_without_noticing_cannot_move_the_cursor(database: str, broker: str) -> None:
     settings = settings_for(database, broker)
     async with audit(broker) as witness, connected(database) as db, outbox_running(settings) as outbox:
-        progress = await shard_of(outbox)
+        await shard_of(outbox)
         await insert(db, "order/1")
         await witness.wait_for(1)
         await db.execute("UPDATE relay.outbox_cursor SET epoch = epoch + 100")  # what a new owner does
@@ -287,7 +288,6 @@ async def test_an_owner_that_lost_its_lock_without_noticing_cannot_move_the_curs
         await until(new_epoch)
         await insert(db, "order/1")
         await witness.wait_for_distinct(3)
-        assert progress.published >= 3
     assert witness.sequences() == {"order/1": [1, 2, 3]}
 
 
@@ -367,3 +367,54 @@ def test_pooler_and_broker_errors_have_stable_exit_codes() -> None:
         3,
         5,
     )
+
+
+async def test_drain_after_a_backlog_of_whole_pages_publishes_what_came_later(database: str, broker: str) -> None:
+    """The last page of a backlog can be full: then an empty page closes its window, and says nothing about what is new."""
+    settings = settings_for(database, broker, outbox__page_rows=5)
+    async with audit(broker) as witness, connected(database) as db:
+        for expected in (10, 11, 12, 17):
+            await insert(db, "order/1", count=expected - len(witness.messages))
+            await Outbox(settings).run(drain=True)
+            await witness.wait_for(expected)
+    assert witness.sequences(first_only=False) == {"order/1": list(range(1, 18))}
+
+
+async def test_a_queue_that_never_confirms_holds_only_its_own_aggregates(
+    database: str, broker: str, rabbitmq: RabbitMQ
+) -> None:
+    settings = settings_for(
+        database, broker, outbox__confirm_timeout_s=1, outbox__retry_first_s=0.3, outbox__retry_max_s=0.3
+    )
+    async with audit(broker, "order.#") as witness, connected(database) as db:
+        hung = await witness.channel.declare_queue("hung", durable=True)
+        await hung.bind(witness.exchange, "hung.#")
+        vhost = broker.rpartition("/")[2]
+        process = f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"hung">>)), Pid = amqqueue:get_pid(Q)'
+        rabbitmq.ctl("eval", f"{process}, sys:suspend(Pid).")
+        try:
+            async with outbox_running(settings) as outbox:
+                progress = await shard_of(outbox)
+                await insert(db, "hung/1", count=2)
+                await insert(db, "order/1", count=10)
+                await wait_until(progress, lambda p: p.parked == 2)
+                assert [p[:3] for p in await parked(db)] == [("1", 1, "unconfirmed"), ("1", 2, "behind")]
+                await insert(db, "order/1")
+                await witness.wait_for_distinct(11)
+                sessions = await db.fetchval("SELECT epoch FROM relay.outbox_cursor")
+                for n in range(12, 31):  # while the hung row is tried again and again, alone, the others flow
+                    await insert(db, "order/1")
+                    await witness.wait_for_distinct(n)
+
+                async def tried_again() -> Any:
+                    return await db.fetchval("SELECT max(attempts) > 2 FROM relay.outbox_parked")
+
+                await until(tried_again)
+                assert await db.fetchval("SELECT epoch FROM relay.outbox_cursor") == sessions, (
+                    "a retry ended the session"
+                )
+                rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
+                await wait_until(progress, lambda p: p.unparked == 2)
+        finally:
+            rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
+    assert witness.sequences()["order/1"] == list(range(1, 31))

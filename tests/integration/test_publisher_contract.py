@@ -117,6 +117,7 @@ HOSTILE = [
     ("a lone surrogate in a header's name", {"headers": {"\ud800": "x"}}),
     ("headers larger than a frame", {"headers": {"x": "y" * 200_000}}),
     ("a whole number over 64 bits", {"headers": {"x": 2**70}}),
+    ("a time before 1970", {"occurred_at": datetime(1, 1, 1, tzinfo=UTC)}),
     ("a body over the limit", {"body": b"x" * (16 * 1024 * 1024 + 1)}),
 ]
 

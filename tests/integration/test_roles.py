@@ -179,7 +179,7 @@ class TestTheMatrix:
         [
             ("relay_producer", "outbox", "INSERT", PLAIN_COLUMNS),
             ("relay_producer", "outbox", "SELECT", {"id", "seq"}),
-            ("relay_daemon", "outbox", "UPDATE", {"xid"}),
+            ("relay_daemon", "outbox", "UPDATE", {"xid", "id"}),
         ],
     )
     async def test_a_role_has_exactly_these_rights_on_columns(

@@ -1,0 +1,207 @@
+"""The parked rows of one shard: which aggregates they hold up, and trying them again without disturbing live traffic.
+
+Heads are tried first; behind each that went out follows what waited behind it. A row that ended a session before (it closed
+the channel, or its queue never confirmed) is tried alone, on a connection of its own, beside the live traffic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Literal
+
+import structlog
+
+from relay.errors import BrokerError
+from relay.message import Aggregate, Message, Row
+from relay.outbox.parking import Parked, refusal
+from relay.outbox.progress import Progress
+from relay.outbox.store import Due, Store
+from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Refused, Unknown
+from relay.settings import OutboxSettings
+
+_PROBES = 10
+"""Rows tried alone in one go: each may take the whole confirm time-out."""
+
+Probed = tuple[Due, Outcome | None]
+"""A row that was tried alone; None: the broker could not be reached, which says nothing about the row."""
+
+
+class Retry:
+    """Knows the parked rows of a shard whose owner we are. `step` belongs into the shard's loop, `close` to its end."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        publisher: Publisher,
+        probe: Callable[[], AbstractAsyncContextManager[Publisher]],
+        message: Callable[[Row], Message],
+        settings: OutboxSettings,
+        progress: Progress,
+        wake: Callable[[], None],
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.blocked: set[Aggregate] = set()  # their rows may not be published past the parked ones
+        self.rows = 0
+        self._store = store
+        self._publisher = publisher
+        self._probe = probe
+        self._message = message
+        self._settings = settings
+        self._progress = progress
+        self._wake = wake
+        self._log = log
+        self._clock = asyncio.get_running_loop().time
+        self._due_at: float | None = None
+        self._probing: asyncio.Task[list[Probed]] | None = None
+        self._probed: set[int | Aggregate] = set()  # ids of the rows being tried alone, and their aggregates
+
+    async def load(self) -> None:
+        """Learn from the database what is parked."""
+        found = await self._store.blocked()
+        self.rows = sum(found.values())
+        self.blocked = {aggregate for aggregate in found if aggregate is not None}
+        await self._plan()
+
+    def note(self, parked: Sequence[Parked]) -> None:
+        """Rows have been parked."""
+        self.rows += len(parked)
+        self.blocked |= {p.row.aggregate for p in parked if p.row.aggregate is not None}
+        heads = [p for p in parked if p.is_head]
+        for head in heads[:10]:
+            self._tell("parked", head, "warning")
+        if heads:
+            due_at = self._clock() + self._settings.retry_first_s
+            self._due_at = due_at if self._due_at is None else min(self._due_at, due_at)
+
+    def within(self, seconds: float) -> float:
+        """The shorter of `seconds` and the time until something is due."""
+        return seconds if self._due_at is None else max(0.0, min(seconds, self._due_at - self._clock()))
+
+    async def step(self) -> None:
+        """Settle what was tried alone, and try a portion of what is due. After it the publisher may be lost."""
+        await self._settle_probes()
+        if self._due_at is None or self._clock() < self._due_at:
+            return
+        due = [d for d in await self._store.due() if not self._is_probed(d.row)]
+        await self._try(_heads_first(due))
+        await self._plan()
+        if not due and self._due_at is not None:  # what is due is being tried alone, or somebody changed the table
+            self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
+
+    async def close(self) -> None:
+        """End what is being tried alone: it is tried again by the next session."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+
+    async def _plan(self) -> None:
+        wait_s = await self._store.next_attempt_s() if self.rows else None
+        self._due_at = None if wait_s is None else self._clock() + max(0.0, wait_s)
+
+    async def _try(self, due: tuple[list[Due], list[Due]]) -> None:
+        heads, behind = due
+        alone = [d for d in heads if d.alone or self._progress.careful_retry]
+        together = [d for d in heads if d not in alone]
+        if alone and self._probing is None:
+            self._start_probes(alone[:_PROBES])
+        held = {d.row.aggregate for d in alone}
+        settled = await self._send(together)
+        held |= {d.row.aggregate for d, outcome in settled if not isinstance(outcome, Confirmed)}
+        settled += await self._send([d for d in behind if d.row.aggregate not in held])
+        await self._settle(settled)
+        if self._publisher.lost is not None:
+            self._progress.careful_retry = True  # one of them may be to blame: the next session tries them alone
+
+    async def _send(self, due: Sequence[Due]) -> list[Probed]:
+        if not due:
+            return []
+        outcomes = await self._publisher.publish([self._message(d.row) for d in due])
+        return [
+            (d, None if isinstance(outcome, Unknown) else outcome) for d, outcome in zip(due, outcomes, strict=True)
+        ]
+
+    async def _settle(self, tried: Sequence[Probed]) -> None:
+        """Write down what became of rows. Behind one that did not get through, its aggregate's rows stay where they are."""
+        published: list[Row] = []
+        refused: list[tuple[Parked, int]] = []
+        failed: set[Aggregate] = set()
+        for due, outcome in tried:
+            aggregate = due.row.aggregate
+            if aggregate is not None and aggregate in failed:
+                continue
+            if isinstance(outcome, Confirmed):
+                published.append(due.row)
+                continue
+            if aggregate is not None:
+                failed.add(aggregate)
+            if outcome is not None:
+                refused.append((refusal(due.row, outcome), due.attempts + 1))
+        if published or refused:
+            await self._write(published, refused)
+
+    async def _write(self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]) -> None:
+        touched = {row.aggregate for row in (*published, *(p.row for p, _ in refused))}
+        still = await self._store.unpark(published, refused)
+        self.blocked -= {aggregate for aggregate in touched if aggregate is not None} - still
+        self.rows -= len(published)
+        self._progress.unparked += len(published)
+        self._progress.changed.set()
+        self._log.info("retried", published=len(published), refused=len(refused), still_parked=self.rows)
+        for parked, attempts in refused:
+            if attempts >= self._settings.max_attempts:
+                self._tell("stuck", parked, "error")
+
+    # --- alone
+
+    def _start_probes(self, due: Sequence[Due]) -> None:
+        self._probed = {d.row.id for d in due} | {d.row.aggregate for d in due if d.row.aggregate is not None}
+        self._probing = asyncio.create_task(self._probe_each(due))
+        self._probing.add_done_callback(lambda _: self._wake())
+
+    def _is_probed(self, row: Row) -> bool:
+        return row.id in self._probed or (row.aggregate is not None and row.aggregate in self._probed)
+
+    async def _probe_each(self, due: Sequence[Due]) -> list[Probed]:
+        return [(d, await self._probe_one(d)) for d in due]
+
+    async def _probe_one(self, due: Due) -> Outcome | None:
+        try:
+            async with self._probe() as publisher:
+                (outcome,) = await publisher.publish([self._message(due.row)])
+        except BrokerError:
+            return None
+        if isinstance(outcome, Unknown):
+            return Refused("unconfirmed", outcome.detail) if outcome.timed_out else None
+        return outcome
+
+    async def _settle_probes(self) -> None:
+        if self._probing is None or not self._probing.done():
+            return
+        tried, self._probing = self._probing.result(), None
+        self._probed = set()
+        await self._settle(tried)
+        if any(outcome is not None for _, outcome in tried):
+            self._progress.careful_retry = False
+        await self._plan()
+        if any(outcome is None for _, outcome in tried) and self._due_at is not None:
+            self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
+
+    def _tell(self, event: str, parked: Parked, level: Literal["warning", "error"]) -> None:
+        row = parked.row
+        told = {"row": row.id, "type": row.event_type, "aggregate": row.aggregate, "seq": row.seq}
+        getattr(self._log, level)(event, **told, reason=parked.reason, detail=parked.detail)
+
+
+def _heads_first(due: Sequence[Due]) -> tuple[list[Due], list[Due]]:
+    """(the first row of each aggregate, the rows behind one); a row without an aggregate is a head."""
+    seen: set[Aggregate] = set()
+    heads: list[Due] = []
+    behind: list[Due] = []
+    for d in due:
+        (behind if d.row.aggregate in seen else heads).append(d)
+        if d.row.aggregate is not None:
+            seen.add(d.row.aggregate)
+    return heads, behind
