@@ -14,8 +14,9 @@ import structlog
 
 from relay.errors import ConfigError, SchemaError
 from relay.outbox.lease import Ownership, wait_for_ownership
+from relay.outbox.progress import Progress
 from relay.outbox.reader import Reader
-from relay.outbox.shard import Progress, Shard
+from relay.outbox.shard import Shard
 from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
 from relay.postgres.connect import Connection, connection
@@ -69,7 +70,9 @@ class Outbox:
                     await opened.execute(query("probe_outbox"))
                     found.extend(r["shard"] for r in await opened.fetch(query("list_shards")))
                 if not found:
-                    raise SchemaError("relay.outbox_cursor is empty: nobody would publish anything. Restore its row, see README, Restore.")
+                    raise SchemaError(
+                        "relay.outbox_cursor is empty: nobody would publish anything. Restore its row, see README, Restore."
+                    )
 
         async def patiently() -> None:
             await self._until_stopped(look())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ AGGREGATE_ID = "x-aggregate-id"
 SEQUENCE = "x-sequence"
 CONTENT_DIGEST = "x-content-digest"
 OWN_HEADERS = frozenset((AGGREGATE_TYPE, AGGREGATE_ID, SEQUENCE, CONTENT_DIGEST))
+
+_BROKERS_HEADERS = re.compile(r"x-(delivery-count|acquired-count|death|(first|last)-death-.*)")
+"""What RabbitMQ adds when it delivers a message again, or dead-letters it."""
 
 TOMBSTONE = "relay.tombstone"
 """Type of the message that takes the place of a skipped or purged event: same sequence number, no body."""
@@ -94,6 +98,7 @@ class Delivery:
     occurred_at: datetime | None
     headers: Mapping[str, Any]
     body: bytes
+    others: Mapping[str, Any] = field(default_factory=dict)  # properties of no meaning to us: kept in the quarantine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +189,7 @@ def to_event(delivery: Delivery) -> Event:
     if CONTENT_DIGEST not in headers and SEQUENCE not in headers:
         raise NotAnEvent("foreign", f"no {CONTENT_DIGEST} header: not published by a relay")
     event_type = _text("type", delivery.event_type, limit=255)
-    content_type = delivery.content_type or ""
+    content_type = _text("content_type", delivery.content_type, limit=255) if delivery.content_type else ""
     digest = _digest(headers.get(CONTENT_DIGEST))
     if digest != content_digest(event_type, content_type, delivery.body):
         raise NotAnEvent("malformed", f"{CONTENT_DIGEST} does not match the content")
@@ -197,11 +202,15 @@ def to_event(delivery: Delivery) -> Event:
         event_type=event_type,
         message_id=_text("message_id", delivery.message_id, limit=255),
         content_type=content_type,
-        headers={k: v for k, v in headers.items() if k not in OWN_HEADERS and isinstance(v, str | int | bool)},
+        headers={k: v for k, v in headers.items() if _is_producers(k) and isinstance(v, str | int | bool)},
         occurred_at=delivery.occurred_at,
         body=delivery.body,
         digest=digest,
     )
+
+
+def _is_producers(name: str) -> bool:
+    return name not in OWN_HEADERS and not _BROKERS_HEADERS.fullmatch(name)
 
 
 def _place(headers: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:

@@ -9,22 +9,57 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import string
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from relay.errors import ConfigError
 
+_QUEUE_BYTES = 250
+"""AMQP's 255 less the `.dead` of the queue for dead letters."""
+
+
+def _at_most(limit: int) -> Callable[[str], str]:
+    """What AMQP can carry as a name: its limit is in bytes."""
+
+    def check(value: str) -> str:
+        if len(value.encode()) > limit or not value.isprintable():
+            raise ValueError(f"must be printable, and at most {limit} bytes")
+        return value
+
+    return check
+
+
 Policy = Literal["sequence", "latest", "none"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:-]{0,99}$")]
+AmqpName = Annotated[str, AfterValidator(_at_most(255))]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic takes true for the number 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("is true or false, but the setting is not a switch")
+        return value
 
 
 class PostgresSettings(_Section):
@@ -52,8 +87,8 @@ class RabbitmqSettings(_Section):
         SecretStr("amqp://guest:guest@127.0.0.1:5672/"),
         description="Where to connect: amqp://user:password@host:port/vhost, or amqps:// for TLS.",
     )
-    exchange: str = Field(
-        "relay.events", min_length=1, max_length=255, description="The topic exchange that events are published to."
+    exchange: AmqpName = Field(
+        "relay.events", min_length=1, description="The topic exchange that events are published to."
     )
     declare_topology: bool = Field(
         True,
@@ -70,7 +105,10 @@ class RabbitmqSettings(_Section):
     @field_validator("url")
     @classmethod
     def _is_a_url(cls, value: SecretStr) -> SecretStr:
-        return _with_scheme(value, ("amqp", "amqps"), "amqp://user:password@host:5672/vhost")
+        return _with_scheme(value, ("amqp", "amqps"), "amqp://user:password@host:5672/vhost", needs_host=True)
+
+
+_TEMPLATE_FIELDS = ("aggregate_type", "event_type", "aggregate_id")
 
 
 class OutboxSettings(_Section):
@@ -80,13 +118,16 @@ class OutboxSettings(_Section):
         1000, ge=1, le=20000, description="Rows read and published as one page; also the most in flight at the broker."
     )
     page_bytes: int = Field(
-        8 * 1024 * 1024, ge=1024, description="A page ends before the row that would exceed this many bytes of payload."
+        8 * 1024 * 1024,
+        ge=1024,
+        le=1024**3,
+        description="A page ends before the row that would exceed this many bytes of payload.",
     )
     order: Literal["pipelined", "strict"] = Field(
         "pipelined",
         description="pipelined: a page in flight at once. strict: at most one unconfirmed message of an aggregate, so that not even a broker's nack can swap two.",
     )
-    routing_key: str = Field(
+    routing_key: AmqpName = Field(
         "{aggregate_type}.{event_type}",
         description="Template of the routing key; a row's own routing_key overrides it.",
     )
@@ -111,11 +152,15 @@ class OutboxSettings(_Section):
     )
     retry_max_s: float = Field(300, gt=0, le=86400, description="Longest delay between two attempts of a parked row.")
     max_attempts: int = Field(
-        20, ge=1, description="After this many refusals a parked aggregate is stuck and waits for an operator."
+        20,
+        ge=1,
+        le=1_000_000,
+        description="After this many refusals a parked aggregate is stuck and waits for an operator.",
     )
     parked_limit: int = Field(
         100_000,
         ge=1,
+        le=1_000_000_000,
         description="With more parked rows than this the shard pauses instead of hiding an outage in a table.",
     )
 
@@ -123,11 +168,11 @@ class OutboxSettings(_Section):
     @classmethod
     def _is_a_template(cls, value: str) -> str:
         try:
-            value.format(aggregate_type="", event_type="", aggregate_id="")
-        except (KeyError, IndexError, ValueError, AttributeError) as exc:
-            raise ValueError(
-                "may hold {aggregate_type}, {event_type} and {aggregate_id}, nothing else in braces"
-            ) from exc
+            parts = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]
+        except ValueError:
+            parts = [("", "", "")]
+        if any(name not in _TEMPLATE_FIELDS or spec or conversion for name, spec, conversion in parts):
+            raise ValueError("may hold {aggregate_type}, {event_type} and {aggregate_id}, nothing else in braces")
         return value
 
     @model_validator(mode="after")
@@ -143,8 +188,10 @@ class InboxSettings(_Section):
     consumer: Name | None = Field(
         None, description="Name of this consumer: its cursors are kept under it. Default: the name given to Inbox(...)."
     )
-    queue: str | None = Field(None, max_length=255, description="The queue to consume. Default: the consumer's name.")
-    bindings: tuple[str, ...] = Field(
+    queue: Annotated[str, AfterValidator(_at_most(_QUEUE_BYTES))] | None = Field(
+        None, description="The queue to consume. Default: the consumer's name."
+    )
+    bindings: tuple[AmqpName, ...] = Field(
         ("#",), description="Routing-key patterns that the queue is bound with; bind whole aggregate types (`order.#`)."
     )
     policy: Policy = Field(
@@ -164,13 +211,16 @@ class InboxSettings(_Section):
         300, gt=0, le=86400, description="Longest delay between two attempts of a failed message."
     )
     max_attempts: int = Field(
-        20, ge=1, description="After this many failures a message is stuck and waits for an operator."
+        20, ge=1, le=1_000_000, description="After this many failures a message is stuck and waits for an operator."
     )
     delivery_limit: int = Field(
-        1000, ge=1, description="Deliveries after which the broker dead-letters a message that kills its consumer."
+        1000,
+        ge=1,
+        le=1_000_000,
+        description="Deliveries after which the broker dead-letters a message that kills its consumer.",
     )
     seen_retention_s: float = Field(
-        7 * 86400, ge=60, description="How long ids of messages without an aggregate are remembered."
+        7 * 86400, ge=60, le=3650 * 86400, description="How long ids of messages without an aggregate are remembered."
     )
 
     @model_validator(mode="after")
@@ -236,19 +286,28 @@ def load_settings(
     where it came from, never shows a value, and suggests the nearest name for an unknown one.
     """
     tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for origin, values in (
         _from_file(file),
         _from_environ(os.environ if environ is None else environ),
-        ("flags", flags or {}),
+        ("flags", _from_flags(flags or {})),
     ):
         for key, value in values.items():
             _put(tree, key, value, origin)
+            origins[key] = origin
     try:
         return Settings.model_validate(tree)
     except ValidationError as exc:
-        raise ConfigError(
-            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in exc.errors())
-        ) from None
+        raise ConfigError("; ".join(_told(e["loc"], e["msg"], origins) for e in exc.errors())) from None
+
+
+def _told(place: tuple[int | str, ...], message: str, origins: Mapping[str, str]) -> str:
+    name = ".".join(map(str, place))
+    origin = (
+        origins.get(name) or origins.get(".".join(map(str, place[:2]))) or origins.get(str(place[0]) if place else "")
+    )
+    message = message.removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "table")
+    return f"{name or 'settings'}{f' (from {origin})' if origin else ''}: {message}"
 
 
 def setting_names() -> list[str]:
@@ -276,11 +335,13 @@ def _from_file(file: Path | None) -> tuple[str, dict[str, Any]]:
     if file is None and not path.is_file():
         return "", {}
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise ConfigError(f"settings file {path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"settings file {path} is not valid TOML: {exc}") from exc
+    except ValueError as exc:  # TOMLDecodeError, UnicodeDecodeError, a number of thousands of digits
+        raise ConfigError(f"settings file {path} is not valid TOML: {exc}") from None
+    except RecursionError:
+        raise ConfigError(f"settings file {path} is not valid TOML: nested too deep") from None
     return str(path), dict(_flatten(document))
 
 
@@ -297,19 +358,25 @@ def _is_section(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, _Section)
 
 
-# Read by other parts of the program (sandbox, tests), or put there by Kubernetes for a Service named relay: not settings.
-_NOT_SETTINGS = re.compile(r"^RELAY_(SANDBOX|TEST)_|^RELAY_CONFIG$|^RELAY_(\w+_)?(SERVICE|PORT)(_|$)")
+# Read by other parts of the program (sandbox, tests), or put there by Kubernetes for Services named relay or relay-...: not settings.
+_NOT_SETTINGS = re.compile(
+    r"RELAY_((SANDBOX|TEST)_\w+|CONFIG)=.*|RELAY_(\w+_)?SERVICE(_\w+)?=.*"
+    r"|RELAY_(\w+_)?PORT(_\d+_\w+=.*|=(tcp|udp|sctp)://.*)",
+    re.DOTALL,
+)
 
 
 def _from_environ(environ: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     known = {environment_name(name): (name, info) for name, info in walk_settings()}
     found: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith("RELAY_") or _NOT_SETTINGS.match(variable):
+        if not variable.startswith("RELAY_") or _NOT_SETTINGS.fullmatch(f"{variable}={text}"):
             continue
         if variable.endswith("_FILE") and variable.removesuffix("_FILE") in known:
-            name, _ = known[variable.removesuffix("_FILE")]
-            found[name] = _secret_file(variable, text)
+            name, info = known[variable.removesuffix("_FILE")]
+            if variable.removesuffix("_FILE") in environ:
+                raise ConfigError(f"{variable.removesuffix('_FILE')} and {variable} are both set: unset one of them")
+            found[name] = _parsed(variable, _secret_file(variable, text), info.annotation)
         elif variable in known:
             name, info = known[variable]
             found[name] = _parsed(variable, text, info.annotation)
@@ -321,8 +388,19 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
 def _secret_file(variable: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{variable}: cannot read {path}: {exc}") from exc
+    except OSError as exc:
+        raise ConfigError(f"{variable}: cannot read {path or 'a file without a name'}: {exc.strerror}") from exc
+    except ValueError:  # the exception would quote a byte of a secret
+        raise ConfigError(f"{variable}: {path} is not a text in UTF-8") from None
+
+
+def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts as in the environment; values of a caller's own as they are."""
+    known = dict(walk_settings())
+    return {
+        name: _parsed(name, value, known[name].annotation) if isinstance(value, str) and name in known else value
+        for name, value in flags.items()
+    }
 
 
 def _parsed(variable: str, text: str, annotation: object) -> Any:
@@ -340,6 +418,10 @@ def _parsed(variable: str, text: str, annotation: object) -> Any:
 
 def _put(tree: dict[str, Any], key: str, value: Any, origin: str) -> None:
     names = setting_names()
+    if _is_section(getattr(Settings.model_fields.get(key), "annotation", None)):
+        raise ConfigError(
+            f"{key!r} in {origin} is a group of settings, not a value: write [{key}], and its settings below"
+        )
     if key not in names:
         raise ConfigError(f"unknown setting {key!r} in {origin}{_suggestion(key, names)}")
     section, dot, inner = key.partition(".")
@@ -355,12 +437,18 @@ def _suggestion(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names[:8])} ..."
 
 
-def _with_scheme(value: SecretStr, schemes: tuple[str, ...], example: str) -> SecretStr:
+def _with_scheme(value: SecretStr, schemes: tuple[str, ...], example: str, *, needs_host: bool = False) -> SecretStr:
+    """Refuse what is no URL, before somebody quotes the parts of it that he takes for host and path."""
+    url = value.get_secret_value()
     try:
-        parts = urlsplit(value.get_secret_value())
-        valid = parts.scheme in schemes and (parts.port is None or parts.port > 0)
+        parts = urlsplit(url)
+        valid = (
+            parts.scheme in schemes and (parts.port is None or parts.port > 0) and url.isprintable() and " " not in url
+        )
     except ValueError:
         valid = False
-    if not valid:
+    if not valid or (needs_host and not parts.hostname):
         raise ValueError(f"is not a URL like {example}")
+    if parts.fragment or "@" in parts.path:
+        raise ValueError("holds a # / or @ that must be percent-encoded: %23, %2F, %40 (in the password, usually)")
     return value

@@ -10,8 +10,11 @@ import structlog
 from tenacity import RetryCallState, Retrying
 from tenacity.wait import wait_exponential, wait_random
 
-from relay.errors import RelayError
+from relay.errors import PostgresRefused, PrivilegeError, RelayError, UnreadableMessage
 from relay.settings import DaemonSettings
+
+WRONG_AT_START = (PrivilegeError, PostgresRefused)
+"""A running daemon waits for rights or a password to come back; one that starts without them was set up wrongly."""
 
 HEALTHY_S = 30.0
 """A session that lasted this long was healthy: the next failure starts again with the shortest delay."""
@@ -40,7 +43,8 @@ async def supervise(
                 raise
             if asyncio.get_running_loop().time() - started > HEALTHY_S:
                 backoff = Backoff(settings)
-            delay_s = backoff.next_s()
+            # Waiting longer would not heal an unreadable message: only being delivered again ends it.
+            delay_s = settings.backoff_first_s if isinstance(exc, UnreadableMessage) else backoff.next_s()
             log.warning(
                 "session_failed", session=name, error=type(exc).__name__, reason=str(exc), retry_in_s=round(delay_s, 2)
             )

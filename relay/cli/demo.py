@@ -47,7 +47,9 @@ def demo(orders: int, seconds: float, seed: int, *, plain: bool) -> None:
     configure_logging(DaemonSettings(log_level="error"))
     for library in ("aiormq", "aio_pika"):  # that RabbitMQ went away is no news here
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    code = asyncio.run(_until_signalled(run(Options(orders=orders, seconds=seconds, seed=seed, plain=plain), Console())))
+    code = asyncio.run(
+        _until_signalled(run(Options(orders=orders, seconds=seconds, seed=seed, plain=plain), Console()))
+    )
     sys.exit(code)
 
 

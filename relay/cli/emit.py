@@ -39,8 +39,12 @@ INTERRUPTED = 130
 @config_option
 @set_option
 @click.argument("file", type=click.File("rb"), default="-")
-@click.option("--batch", type=click.IntRange(1, 20_000), default=1000, show_default=True, help="Events in one transaction.")
-@click.option("--from-line", type=click.IntRange(1), default=1, show_default=True, help="Skip the lines before this one.")
+@click.option(
+    "--batch", type=click.IntRange(1, 20_000), default=1000, show_default=True, help="Events in one transaction."
+)
+@click.option(
+    "--from-line", type=click.IntRange(1), default=1, show_default=True, help="Skip the lines before this one."
+)
 @click.option("--dry-run", is_flag=True, help="Only check the lines; without a database.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def emit(

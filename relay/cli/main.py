@@ -17,7 +17,7 @@ from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.signals import stop_on_signals
 from relay.daemon import Outbox
 from relay.errors import RelayError, SchemaError
-from relay.log import configure_logging
+from relay.log import configure_logging, printable
 from relay.postgres import migrate as schema
 from relay.postgres.connect import connection
 from relay.settings import Settings
@@ -34,7 +34,7 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except RelayError as exc:
-            click.echo(f"relay: {type(exc).__name__}: {exc}", err=True)
+            click.echo(printable(f"relay: {type(exc).__name__}: {exc}"), err=True)
             ctx.exit(exc.exit_code)
 
 

@@ -10,13 +10,15 @@ from dataclasses import replace
 
 import structlog
 
-from relay.errors import PostgresUnavailable
+from relay.errors import PostgresError, PostgresUnavailable
 from relay.inbox import store
+from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
-from relay.inbox.failures import Collision, CommitFailed, HandlerFailed
-from relay.inbox.sequencer import Unit
+from relay.inbox.failures import Collision, CommitFailed, HandlerFailed, loggable
+from relay.inbox.sequencer import Key, Unit
 from relay.inbox.stats import Stats
 from relay.inbox.work import FOLLOW_LIMIT, Batch, Rules, Work
+from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 
 log = structlog.get_logger()
@@ -28,7 +30,11 @@ _REDOS = 20
 _DUE_ROWS = 100
 _PURGE_ROWS = 5000
 
-Doomed = dict[tuple[str, int], str]
+_COMMITS = 3
+"""A COMMIT that collides oftener does not do so by chance: a deferred trigger raises it, and somebody's effects are to blame."""
+
+_SWEEP_AGGREGATES = 2000
+"""Aggregates that one sweep looks at: some 50 ms of the server's time. The next one goes on from there."""
 
 
 class Applier:
@@ -38,40 +44,76 @@ class Applier:
     of the batch may be; the rest is delivered again, and what was done already is recognised.
     """
 
-    def __init__(self, database: Database, rules: Rules) -> None:
+    def __init__(self, database: Database, rules: Rules, suspects: Suspects | None = None) -> None:
         self._database = database
         self._rules = rules
+        self._suspects = Suspects() if suspects is None else suspects
+        self._swept: Key | None = None
+        self.done = Stats()  # what the last `apply` has committed, also when it raised
+        self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
 
     async def apply(self, batch: Batch) -> Stats:
         """Apply a batch. Raises PostgresError; a handler's failure is not an error here but a held message."""
-        total = Stats()
-        doomed: Doomed = {}
-        apart: list[Batch] = []
+        self.done = Stats()
+        self.left_due = False
+        charges = Charges(self._suspects)
+        apart, batch = self._suspected(batch)
+        refused: CommitFailed | None = None
         while batch:
             try:
-                total += await self._attempt(batch, doomed, careful=False)
+                await self._attempt(batch, charges, careful=False)
                 break
             except HandlerFailed as exc:
-                self._note(exc, doomed)
+                self._note(exc, charges)
                 unit = self._rules.unit(exc.arrival)
                 taken, batch = self._split(batch, lambda other, unit=unit: other == unit)  # type: ignore[misc]
                 apart.append(taken)
             except CommitFailed as exc:
-                log.warning("batch_failed_at_commit", error=exc.error, events=len(batch.arrivals))
-                apart += self._units(batch)
+                log.warning("batch_failed_at_commit", error=loggable(exc.error), events=len(batch.arrivals))
+                if not (units := self._units(batch)):
+                    refused = exc
+                    break
+                apart += units
                 batch = Batch(strangers=batch.strangers)
             if len(apart) >= _SPLITS:
                 apart += self._units(batch)
                 batch = Batch(strangers=batch.strangers)
         for single in apart:
-            total += await self._alone(single, doomed)
-        return total
+            await self._alone(single, charges)
+        if refused is not None:
+            raise PostgresUnavailable(
+                f"COMMIT fails without any handler's doing: {loggable(refused.error)}"
+            ) from refused
+        return self.done
 
-    async def retry_due(self) -> Stats:
+    def _suspected(self, batch: Batch) -> tuple[list[Batch], Batch]:
+        """Set apart from the start what may break the connection, so that the rest is durable before it is tried."""
+        if not self._suspects:
+            return [], batch
+        units = {self._rules.unit(a) for a in batch.arrivals if a.message in self._suspects}
+        units |= {self._rules.unit_of_due(d) for d in batch.due if (d.source, d.message_id) in self._suspects}
+        taken, rest = self._split(batch, units.__contains__)
+        return self._units(taken), rest
+
+    async def retry_due(self, rows: int = _DUE_ROWS) -> Stats:
         """Try the held messages whose time has come; what waits behind those that succeed now follows."""
+        self.done = Stats()
         with postgres_errors():
-            due = await store.due_held(await self._database.connection(), self._rules.consumer, _DUE_ROWS)
+            due = await store.due_held(await self._database.connection(), self._rules.consumer, min(rows, _DUE_ROWS))
         return await self.apply(Batch(due=due))
+
+    async def sweep(self) -> int:
+        """Make due what waits although its turn has come, a bounded number of aggregates a call. Returns how many were."""
+        with postgres_errors():
+            released, self._swept = await store.release_waiting(
+                await self._database.connection(),
+                self._rules.consumer,
+                after=self._swept,
+                aggregates=_SWEEP_AGGREGATES,
+            )
+        if released:
+            log.warning("waiting_released", consumer=self._rules.consumer, events=released)
+        return released
 
     async def next_due_s(self) -> float | None:
         """Seconds until the next held message is due; None if there is none."""
@@ -93,55 +135,77 @@ class Applier:
         with postgres_errors():
             await store.probe(await self._database.connection(), self._rules.consumer)
 
-    async def _alone(self, batch: Batch, doomed: Doomed) -> Stats:
+    async def _alone(self, batch: Batch, charges: Charges) -> None:
         """One aggregate (or one message without order) in a transaction of its own, a savepoint a message."""
         while True:
             try:
-                return await self._attempt(batch, doomed, careful=True)
+                await self._attempt(batch, charges, careful=True)
+                break
             except HandlerFailed as exc:
-                self._note(exc, doomed)
+                self._note(exc, charges)
             except CommitFailed as exc:
-                log.warning("aggregate_failed_at_commit", error=exc.error, events=len(batch.arrivals))
-                return await self._one_by_one(batch, doomed)
+                log.warning("aggregate_failed_at_commit", error=loggable(exc.error), events=len(batch.arrivals))
+                await self._one_by_one(batch, charges)
+                break
 
-    async def _one_by_one(self, batch: Batch, doomed: Doomed) -> Stats:
+    async def _one_by_one(self, batch: Batch, charges: Charges) -> None:
         """A transaction a message, so that a COMMIT that fails names the message. Held successors are left to the timer."""
-        total = Stats()
         for single in _singles(batch):
             blamed = False
             while True:
                 try:
-                    total += await self._attempt(single, doomed, careful=True, follow=0)
+                    await self._attempt(single, charges, careful=True, follow=0)
                     break
                 except HandlerFailed as exc:
-                    self._note(exc, doomed)
+                    self._note(exc, charges)
                 except CommitFailed as exc:
                     if blamed:
-                        raise PostgresUnavailable(f"COMMIT fails without any handler's doing: {exc.error}") from exc
+                        raise PostgresUnavailable(
+                            f"COMMIT fails without any handler's doing: {loggable(exc.error)}"
+                        ) from exc
                     blamed = True
-                    doomed[_name(single)] = exc.error
-        return total
+                    charges.doom(_name(single), exc.error)
 
-    async def _attempt(self, batch: Batch, doomed: Doomed, *, careful: bool, follow: int = FOLLOW_LIMIT) -> Stats:
+    async def _attempt(self, batch: Batch, charges: Charges, *, careful: bool, follow: int = FOLLOW_LIMIT) -> None:
         """One transaction; redone after a deadlock or serialization failure, which is nobody's fault."""
+        at_commit = 0
         for redo in range(_REDOS):
             try:
-                async with self._database.transaction() as connection:
-                    work = Work(connection, self._rules, careful=careful, doomed=doomed, follow=follow)
-                    stats = await work.run(batch)
+                await self._transaction(batch, charges, careful=careful, follow=follow)
             except Collision as exc:
-                log.info("transaction_redone", reason=str(exc))
+                log.info("transaction_redone", reason=loggable(exc.error))
+                last = exc
+                at_commit += exc.at_commit
+                if at_commit > _COMMITS:
+                    raise CommitFailed(exc.error) from exc
                 await asyncio.sleep(random.uniform(0, 0.01 * (redo + 1)))  # noqa: S311 - no secret
             else:
-                return stats
+                return
+        if last.arrival is not None:  # enough of it: the last one to collide is held, or done alone
+            raise HandlerFailed(last.arrival, last.error, ends_transaction=careful)
         raise PostgresUnavailable(f"a batch was redone {_REDOS} times because of deadlocks or serialization failures")
 
+    async def _transaction(self, batch: Batch, charges: Charges, *, careful: bool, follow: int) -> None:
+        connection: Connection | None = None
+        work: Work | None = None
+        try:
+            async with self._database.transaction() as connection:
+                work = Work(connection, self._rules, careful=careful, charges=charges, follow=follow)
+                stats = await work.run(batch)
+        except PostgresError:
+            if work is not None and work.called is not None and connection is not None and connection.is_closed():
+                self._suspects.accuse(work.called.message)
+            raise
+        work.committed()
+        self.done += stats
+        self.left_due |= work.leaves_due
+
     @staticmethod
-    def _note(failure: HandlerFailed, doomed: Doomed) -> None:
+    def _note(failure: HandlerFailed, charges: Charges) -> None:
         """A handler that made the connection unfit is not given a second chance in the same batch."""
-        log.debug("handler_failed_in_batch", message_id=failure.arrival.event.message_id, error=failure.error)
+        log.debug("handler_failed_in_batch", message_id=failure.arrival.event.message_id, error=loggable(failure.error))
         if failure.ends_transaction:
-            doomed[failure.arrival.name] = failure.error
+            charges.doom(failure.arrival.name, failure.error)
 
     def _split(self, batch: Batch, chosen: Callable[[Unit], bool]) -> tuple[Batch, Batch]:
         unit, of_due = self._rules.unit, self._rules.unit_of_due

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from relay.errors import PostgresUnavailable
+from relay.errors import PostgresError, PostgresUnavailable, UnreadableMessage
 from relay.inbox.apply import Applier
+from relay.inbox.charges import Suspects
 from relay.inbox.database import Database
 from relay.inbox.handlers import Inbox
+from relay.inbox.pace import Pace
 from relay.inbox.sequencer import Arrival
 from relay.inbox.stats import Stats
 from relay.inbox.store import Stranger
@@ -25,12 +27,13 @@ from relay.rabbitmq.contract import Consumer
 from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.stock_consumer import StockConsumer
 from relay.settings import Settings
-from relay.supervisor import supervise, until_stopped
+from relay.supervisor import WRONG_AT_START, supervise, until_stopped
 
 log = structlog.get_logger()
 
 LOOK_INTERVAL_S = 10.0
-"""Longest time between two looks for held messages that are due: another consumer may have left them, or an operator."""
+"""Longest time between two looks for held messages that are due: another consumer may have left them, or an operator.
+As often it is looked for held messages that wait although their turn has come."""
 
 _IDLE_RETRY_S = 0.5
 """Least time between two retry passes when the first found nothing to do: somebody else is at it."""
@@ -48,9 +51,12 @@ async def run(
     Reconnects by itself. After `stop` the batch in hand is finished and acknowledged, within `daemon.shutdown_grace_s`.
     `on_commit` is called after each committed batch with its counts, before the acknowledgement. Installs no signal
     handlers. Cancelling it rolls back what is not committed. Raises what waiting does not heal: SchemaError,
-    PoolerError, ConfigError, and whatever `on_commit` raises.
+    PoolerError, ConfigError, at its start also PrivilegeError and PostgresRefused, and whatever `on_commit` raises.
     """
     daemon = _Daemon(inbox, settings, stop or asyncio.Event(), on_commit or (lambda _: None))
+    await supervise(
+        daemon.look, name="start", settings=settings.daemon, stop=daemon.stop, log=log, fatal=WRONG_AT_START
+    )
     await supervise(daemon.session, name="inbox", settings=settings.daemon, stop=daemon.stop, log=log)
     return daemon.total
 
@@ -67,25 +73,54 @@ class _Daemon:
             bindings=settings.inbox.bindings,
             delivery_limit=settings.inbox.delivery_limit,
         )
+        self._suspects = Suspects()
+        self._careful = 0  # messages still to be received one at a time, see _consume
+
+    async def look(self) -> None:
+        """Whether the database is there, has the schema, and lets us write."""
+        await self._until_stopped(self._look())
 
     async def session(self) -> None:
         """One session, ended by `stop` (within the grace period) or by an error."""
+        await self._until_stopped(self._session())
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         grace_s = self._settings.daemon.shutdown_grace_s
-        await until_stopped(self._session(), stop=self.stop, grace_s=grace_s, log=log)
+        await until_stopped(work, stop=self.stop, grace_s=grace_s, log=log)
+
+    async def _look(self) -> None:
+        async with self._database() as database:
+            await Applier(database, self._rules).probe()
 
     async def _session(self) -> None:
         """PostgreSQL first: while it cannot be written to, no message is taken, so none wears out its delivery limit."""
         async with self._database() as database:
-            applier = Applier(database, self._rules)
+            applier = Applier(database, self._rules, self._suspects)
             await database.connection()
             await applier.probe()
-            async with self._consumer() as consumer:
-                log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name)
-                await _Loop(self._settings, consumer, database, applier, self.stop, self._count).run()
+            while not self.stop.is_set():
+                await self._consume(database, applier)
         log.info("inbox_stopped", consumer=self._rules.consumer, applied=self.total.applied)
+
+    async def _consume(self, database: Database, applier: Applier) -> None:
+        """Until `stop`, or until what had to be received one at a time has been.
+
+        A message that the client library cannot decode ends the connection, and so counts as a delivery of all that was
+        on its way with it. The window it was in is therefore received one at a time: then only it comes nearer to the
+        delivery limit, where the broker moves it to the queue for dead letters.
+        """
+        prefetch, limit = (1, self._careful) if self._careful else (self._settings.inbox.prefetch, None)
+        try:
+            async with self._consumer(prefetch) as consumer:
+                log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name, prefetch=prefetch)
+                await _Loop(self._settings, consumer, database, applier, self.stop, self._count, limit).run()
+        except UnreadableMessage:
+            self._careful = self._settings.inbox.prefetch
+            raise
 
     def _count(self, stats: Stats) -> None:
         self.total += stats
+        self._careful = max(0, self._careful - stats.received)
         self._on_commit(stats)
 
     @asynccontextmanager
@@ -100,11 +135,11 @@ class _Daemon:
             await database.close()
 
     @asynccontextmanager
-    async def _consumer(self) -> AsyncIterator[Consumer]:
+    async def _consumer(self, prefetch: int) -> AsyncIterator[Consumer]:
         consumer: Consumer = await StockConsumer.open(
             self._settings.rabbitmq,
             self._queue,
-            prefetch=self._settings.inbox.prefetch,
+            prefetch=prefetch,
             name=f"relay inbox {self._rules.consumer} {socket.gethostname()}:{os.getpid()}",
         )
         try:
@@ -124,6 +159,7 @@ class _Loop:
         applier: Applier,
         stop: asyncio.Event,
         count: Callable[[Stats], None],
+        limit: int | None = None,
     ) -> None:
         self._settings = settings
         self._consumer = consumer
@@ -132,15 +168,18 @@ class _Loop:
         self._stop = stop
         self._count = count
         self._clock = asyncio.get_running_loop().time
+        self._left = limit
+        self._pace = Pace(settings.inbox.batch)
         self._retry_at = 0.0
+        self._sweep_at = 0.0
         self._purge_at = self._clock()
 
     async def run(self) -> None:
-        """Until `stop`. Raises BrokerError or PostgresError when the session has ended."""
+        """Until `stop`, or `limit` messages. Raises BrokerError or PostgresError when the session has ended."""
         with _waiting(self._stop.wait(), self._database.lost.wait()) as (stopping, lost):
-            receiving = asyncio.create_task(self._consumer.receive(self._settings.inbox.batch))
+            receiving = asyncio.create_task(self._consumer.receive(self._pace.limit))
             try:
-                while not self._stop.is_set():
+                while not self._stop.is_set() and (self._left is None or self._left > 0):
                     await asyncio.wait(
                         [receiving, stopping, lost],
                         timeout=max(0.0, self._retry_at - self._clock()),
@@ -150,7 +189,7 @@ class _Loop:
                         raise PostgresUnavailable("the connection to PostgreSQL broke")
                     if receiving.done() and not self._stop.is_set():
                         await self._deliver(receiving.result())
-                        receiving = asyncio.create_task(self._consumer.receive(self._settings.inbox.batch))
+                        receiving = asyncio.create_task(self._consumer.receive(self._pace.limit))
                     await self._housekeeping()
             finally:
                 receiving.cancel()
@@ -158,21 +197,38 @@ class _Loop:
 
     async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         """Apply, then acknowledge: a crash in between means a redelivery, which the cursors recognise."""
-        stats = await self._applier.apply(_understood(deliveries))
+        started = self._clock()
+        try:
+            stats = await self._applier.apply(_understood(deliveries))
+        except PostgresError:
+            self._count_done()
+            raise
+        self._pace.took(len(deliveries), self._clock() - started)
         self._count(stats + Stats(received=len(deliveries), batches=1))
         await self._consumer.acknowledge(deliveries[-1].tag)
-        if stats.failed:
+        if self._left is not None:
+            self._left -= len(deliveries)
+        if stats.failed or self._applier.left_due:
             self._retry_at = min(self._retry_at, self._clock() + await self._due_in_s())
+
+    def _count_done(self) -> None:
+        """What is committed counts, though its deliveries come again: as duplicates."""
+        if self._applier.done != Stats():
+            self._count(replace(self._applier.done, batches=1))
 
     async def _housekeeping(self) -> None:
         """Retry what is due, forget what is old; mostly a comparison with the clock."""
         if self._stop.is_set():
             return
+        if self._clock() >= self._sweep_at:
+            if await self._applier.sweep():
+                self._retry_at = self._clock()
+            self._sweep_at = self._clock() + LOOK_INTERVAL_S
         if self._clock() >= self._retry_at:
-            stats = await self._applier.retry_due()
-            did = stats != Stats()
-            if did:
-                self._count(replace(stats, batches=1))
+            try:
+                did = await self._applier.retry_due(self._pace.limit) != Stats()
+            finally:
+                self._count_done()
             self._retry_at = self._clock() + max(await self._due_in_s(), 0.0 if did else _IDLE_RETRY_S)
         if self._clock() >= self._purge_at:
             await self._applier.purge_seen()

@@ -107,8 +107,8 @@ class Database:
         try:
             await transaction.commit()
         except asyncpg.PostgresError as exc:
-            if judged(exc) is not None:
-                raise
+            if (verdict := judged(exc, at_commit=True)) is not None:
+                raise verdict from exc
             raise CommitFailed(described(exc)) from exc
 
     async def _roll_back(self, connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import asyncpg
 
-from relay.errors import PostgresUnavailable
+from relay.errors import HandlerError, PostgresUnavailable
 from relay.inbox.sequencer import Arrival
 
 _CHANCE = ("40001", "40P01")
@@ -21,9 +22,16 @@ _ABORTED = ("25P01", "25P02", "3B001")
 
 _ERROR_LENGTH = 300
 
+ENDED = f"{HandlerError.__name__}: the handler ended the transaction, which belongs to the inbox"
+ABORTED = (
+    f"{HandlerError.__name__}: the handler swallowed an SQL error and left the transaction aborted (use a savepoint)"
+)
+DIED = f"{HandlerError.__name__}: the connection to PostgreSQL broke under the handler, again and again"
+_TOO_LONG = re.compile(r"TimeoutError: the handler took longer than [0-9.e+-]+ s")
+
 
 class HandlerFailed(Exception):
-    """A handler raised, took too long, or broke its contract. `error` is fit for the table and the log."""
+    """A handler raised, took too long, or broke its contract. `error` is fit for the table, `loggable` of it for the log."""
 
     def __init__(self, arrival: Arrival, error: str, *, ends_transaction: bool = False) -> None:
         super().__init__(error)
@@ -41,19 +49,47 @@ class CommitFailed(Exception):
 
 
 class Collision(Exception):
-    """Deadlock or serialization failure: redo."""
+    """Deadlock or serialization failure: redo. `arrival` is whose handler was running, None: a statement of ours."""
+
+    def __init__(self, error: str, arrival: Arrival | None = None, *, at_commit: bool = False) -> None:
+        super().__init__(error)
+        self.error = error
+        self.arrival = arrival
+        self.at_commit = at_commit
 
 
-def judged(exc: BaseException) -> Collision | PostgresUnavailable | None:
-    """What an exception really means when PostgreSQL is behind it; None: the one who raised it is to blame."""
-    for cause in _chain(exc):
-        if isinstance(cause, asyncpg.PostgresError):
-            state = cause.sqlstate or ""
-            if state in _CHANCE:
-                return Collision(described(cause))
-            if state in _SERVER_STATES or state.startswith(_SERVER_CLASSES):
-                return PostgresUnavailable(f"PostgreSQL said: {described(cause)}", sqlstate=state)
+def judged(exc: asyncpg.PostgresError, *, at_commit: bool = False) -> Collision | PostgresUnavailable | None:
+    """What an error of a statement of ours means; None: somebody's effects are to blame."""
+    if _is_chance(exc):
+        return Collision(described(exc), at_commit=at_commit)
+    if _ends_session(exc) or (_is_of_server(exc) and not at_commit):  # a deferred trigger may raise whatever it likes
+        return PostgresUnavailable(f"PostgreSQL said: {described(exc)}", sqlstate=exc.sqlstate)
     return None
+
+
+def collided(exc: BaseException) -> bool:
+    """True when a deadlock or serialization failure is behind what a handler raised, on whatever connection."""
+    return any(isinstance(cause, asyncpg.PostgresError) and _is_chance(cause) for cause in _chain(exc))
+
+
+def speaks_of_server(exc: BaseException) -> bool:
+    """True when a handler raised what a dying server says, or somebody in its name: our own connection will tell."""
+    return any(isinstance(cause, asyncpg.PostgresError) and _is_of_server(cause) for cause in _chain(exc))
+
+
+def _is_chance(exc: asyncpg.PostgresError) -> bool:
+    return exc.sqlstate in _CHANCE
+
+
+def _is_of_server(exc: asyncpg.PostgresError) -> bool:
+    state = exc.sqlstate or ""
+    return _ends_session(exc) or state in _SERVER_STATES or state.startswith(_SERVER_CLASSES)
+
+
+def _ends_session(exc: asyncpg.PostgresError) -> bool:
+    """Whether the session is over: PostgreSQL said so, or asyncpg, which gives its own errors no severity."""
+    severity = getattr(exc, "severity_en", None)
+    return severity in ("FATAL", "PANIC") or (severity is None and (exc.sqlstate or "").startswith("08"))
 
 
 def is_aborted(exc: asyncpg.PostgresError) -> bool:
@@ -66,6 +102,16 @@ def described(exc: BaseException) -> str:
     lines = str(exc).splitlines()
     name = type(exc).__name__
     return f"{name}: {lines[0][:_ERROR_LENGTH]}" if lines else name
+
+
+def loggable(error: str) -> str:
+    """What of a described failure may go to a log: relay's own words, else only the class. The rest may be a payload."""
+    return error if error in (ENDED, ABORTED, DIED) or _TOO_LONG.fullmatch(error) else error.partition(":")[0]
+
+
+def too_long(limit_s: float) -> str:
+    """The failure of a handler that did not return in time."""
+    return f"TimeoutError: the handler took longer than {limit_s:g} s"
 
 
 def _chain(exc: BaseException | None) -> Iterator[BaseException]:

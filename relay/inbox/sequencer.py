@@ -52,6 +52,11 @@ class Arrival:
         """The same for the same arrival, also when a transaction is redone."""
         return ("held", self.held_id) if self.held_id is not None else ("tag", self.tag or 0)
 
+    @property
+    def message(self) -> tuple[str, str]:
+        """(source, message id): the same for every arrival of the message, in whatever session."""
+        return (self.event.source, self.event.message_id)
+
 
 class Refusal(Enum):
     """Why an arrival is not applied and need not be held."""

@@ -43,6 +43,7 @@ def properties_of_delivery(delivery: Delivery) -> str:
             "content_type": delivery.content_type,
             "timestamp": delivery.occurred_at,
             "redelivered": delivery.redelivered,
+            **{name: value for name, value in delivery.others.items() if value is not None},
             "headers": delivery.headers,
         }
     )

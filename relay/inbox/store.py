@@ -19,6 +19,10 @@ from relay.postgres.queries import query
 PORTION_BYTES = 32 * 1024 * 1024
 """Most bytes of bodies sent or fetched by one statement (its first row always fits)."""
 
+LOCK_TIMEOUT_S = 600.0
+"""Longest wait for the cursors that a competing consumer has locked: for as long as its handlers are at work. The time-out of
+other statements would end our session for that, again and again. A competitor that is gone is noticed by the server."""
+
 _LOCK_ROUNDS = 10
 
 
@@ -81,6 +85,17 @@ class Stranger:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """A number that was used for two contents: what an alarm may say about it."""
+
+    source: str
+    aggregate_type: str | None
+    aggregate_id: str | None
+    seq: int | None
+    message_id: str  # of the one in the quarantine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
     """A held message whose time to be tried has come."""
 
@@ -93,11 +108,12 @@ class Due:
 
 
 class Store:
-    """The statements of one transaction of one consumer."""
+    """The statements of one transaction of one consumer. Those that wait for another consumer's have a time-out of their own."""
 
-    def __init__(self, connection: Connection, consumer: str) -> None:
+    def __init__(self, connection: Connection, consumer: str, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self._connection = connection
         self._consumer = consumer
+        self._lock_timeout_s = lock_timeout_s
 
     async def transaction_id(self) -> str:
         """The transaction we are in."""
@@ -117,11 +133,16 @@ class Store:
         if not names:
             return set()
         ids, sources = [name[0] for name in names], [name[1] for name in names]
-        rows = await self._connection.fetch(query("insert_seen"), self._consumer, sources, ids)
+        rows = await self._connection.fetch(
+            query("insert_seen"), self._consumer, sources, ids, timeout=self._lock_timeout_s
+        )
         return {(r["source"], r["message_id"]) for r in rows}
 
     async def successors(self, cursors: Mapping[Key, Cursor], portion: int) -> list[Arrival]:
-        """What is held without a gap after these cursors, in order, at most `portion` an aggregate."""
+        """What is held without a gap after these cursors, in order, at most `portion` an aggregate and PORTION_BYTES in all.
+
+        Empty only if no cursor has a held successor.
+        """
         found: list[Arrival] = []
         for (source, aggregate_type), ids in sorted(_grouped(cursors).items()):
             last = [cursors[source, aggregate_type, i].last_seq for i in ids]
@@ -153,13 +174,28 @@ class Store:
                 [c.blocked for c in values],
             )
 
-    async def delete_held_through(self, cursors: Mapping[Key, Cursor]) -> None:
-        """Delete what is held up to these cursors."""
+    async def delete_held_through(
+        self, cursors: Mapping[Key, Cursor], applied: Mapping[Key, Mapping[int, bytes]]
+    ) -> list[Conflict]:
+        """Delete what is held up to these cursors. What is not what was applied under its number goes to the quarantine."""
+        conflicts: list[Conflict] = []
         for (source, aggregate_type), ids in sorted(_grouped(cursors).items()):
-            last = [cursors[source, aggregate_type, i].last_seq for i in ids]
-            await self._connection.execute(
-                query("delete_held_through"), self._consumer, source, aggregate_type, ids, last
+            keys: list[Key] = [(source, aggregate_type, i) for i in ids]
+            known = [(key[2], seq, digest) for key in keys for seq, digest in applied.get(key, {}).items()]
+            rows = await self._connection.fetch(
+                query("delete_held_through"),
+                self._consumer,
+                source,
+                aggregate_type,
+                ids,
+                [cursors[key].last_seq for key in keys],
+                [k[0] for k in known],
+                [k[1] for k in known],
+                [k[2] for k in known],
+                TOMBSTONE,
             )
+            conflicts += [Conflict(**row) for row in rows]
+        return conflicts
 
     async def delete_held(self, held_ids: Sequence[int]) -> None:
         """Delete held messages that have been applied."""
@@ -182,12 +218,16 @@ class Store:
                 (same if await self._is_same(hold.arrival.event) else other).append(hold.arrival)
         return same, other
 
-    async def make_due(self, held_ids: Sequence[int]) -> None:
-        """Let the retry timer try these next: their turn has come, but not in this transaction."""
-        n = len(held_ids)
-        await self._connection.execute(
-            query("update_held"), held_ids, ["behind"] * n, ["retrying"] * n, [0] * n, [None] * n, [0.0] * n
-        )
+    async def make_successors_due(self, cursors: Mapping[Key, Cursor]) -> list[Key]:
+        """Let the retry timer try what is held right after these cursors, all of it; return those that have something."""
+        found: list[Key] = []
+        for (source, aggregate_type), ids in sorted(_grouped(cursors).items()):
+            last = [cursors[source, aggregate_type, i].last_seq for i in ids]
+            rows = await self._connection.fetch(
+                query("make_successors_due"), self._consumer, source, aggregate_type, ids, last
+            )
+            found += [(source, aggregate_type, row["aggregate_id"]) for row in rows]
+        return found
 
     async def quarantine(self, strangers: Sequence[Stranger]) -> None:
         """Keep whole what cannot be applied."""
@@ -209,13 +249,15 @@ class Store:
         found: dict[str, Cursor] = {}
         missing = ids
         for _ in range(_LOCK_ROUNDS):
-            rows = await self._connection.fetch(query("lock_cursors"), self._consumer, source, aggregate_type, missing)
+            rows = await self._connection.fetch(
+                query("lock_cursors"), self._consumer, source, aggregate_type, missing, timeout=self._lock_timeout_s
+            )
             found |= {r["aggregate_id"]: Cursor(r["last_seq"], r["last_digest"], r["blocked"]) for r in rows}
             missing = [i for i in ids if i not in found]
             if not missing:
                 break
             rows = await self._connection.fetch(
-                query("create_cursors"), self._consumer, source, aggregate_type, missing
+                query("create_cursors"), self._consumer, source, aggregate_type, missing, timeout=self._lock_timeout_s
             )
             found |= {r["aggregate_id"]: Cursor() for r in rows}
             missing = [i for i in ids if i not in found]
@@ -304,6 +346,20 @@ async def next_due_s(connection: Connection, consumer: str) -> float | None:
     """Seconds until the next held message is due, by the database's clock; None if none is."""
     seconds: float | None = await connection.fetchval(query("next_due"), consumer)
     return seconds
+
+
+async def release_waiting(
+    connection: Connection, consumer: str, *, after: Key | None, aggregates: int
+) -> tuple[int, Key | None]:
+    """Make due what waits although its turn has come, looking at so many aggregates. Returns how many, and where to go on."""
+    source, aggregate_type, aggregate_id = after or ("", "", "")
+    row = await connection.fetchrow(
+        query("release_waiting"), consumer, aggregate_id, aggregate_type, source, aggregates, timeout=LOCK_TIMEOUT_S
+    )
+    if row is None:
+        return 0, None
+    end: Key = (row["source"], row["aggregate_type"], row["aggregate_id"])
+    return row["released"], None if row["aggregate_id"] is None else end
 
 
 async def purge_seen(connection: Connection, consumer: str, *, retention_s: float, rows: int) -> None:

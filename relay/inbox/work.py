@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import asyncpg
 import structlog
 
-from relay.errors import HandlerError
-from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
+from relay.inbox.charges import Charges
+from relay.inbox.failures import (
+    ABORTED,
+    DIED,
+    ENDED,
+    Collision,
+    CommitFailed,
+    HandlerFailed,
+    collided,
+    described,
+    is_aborted,
+    loggable,
+    speaks_of_server,
+    too_long,
+)
 from relay.inbox.handlers import Handler, Inbox
-from relay.inbox.sequencer import Arrival, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
+from relay.inbox.sequencer import Arrival, Cursor, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
 from relay.inbox.stats import Stats, Tally
-from relay.inbox.store import Due, Hold, Store, Stranger
+from relay.inbox.store import LOCK_TIMEOUT_S, Conflict, Due, Hold, Store, Stranger
 from relay.message import Event
 from relay.postgres.connect import Connection
 from relay.settings import InboxSettings
@@ -26,6 +40,9 @@ _PORTION = 64
 
 FOLLOW_LIMIT = 2000
 """Held successors applied in one transaction; those after them are left to the retry timer, at once."""
+
+FOLLOW_S = 1.0
+"""The same as a time: handlers may be slow, and others may be waiting for the cursors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +100,8 @@ class Work:
     """One transaction's work. A Work is used once: a transaction that is redone starts a new one.
 
     `careful`: a savepoint for each message, so that one that fails is held and the others stay. Otherwise the first
-    failure is raised as HandlerFailed. `doomed` names arrivals that are known to fail (their handler took too long, or ended
-    the transaction): they are held without another try. `follow` bounds how many held successors are applied.
+    failure is raised as HandlerFailed. Arrivals that `charges` have a verdict on (their handler took too long, or ended the
+    transaction) are held without another try. `follow` bounds how many held successors are applied.
     """
 
     def __init__(
@@ -93,22 +110,31 @@ class Work:
         rules: Rules,
         *,
         careful: bool,
-        doomed: Mapping[tuple[str, int], str],
+        charges: Charges,
         follow: int = FOLLOW_LIMIT,
     ) -> None:
         self._connection = connection
         self._rules = rules
         self._careful = careful
-        self._doomed = doomed
+        self._charges = charges
         self._follow_left = follow
-        self._store = Store(connection, rules.consumer)
+        self._clock = asyncio.get_running_loop().time
+        self._store = Store(
+            connection, rules.consumer, lock_timeout_s=LOCK_TIMEOUT_S + rules.settings.handler_timeout_s
+        )
         self._lines: dict[Key, Line] = {}
         self._fresh: set[tuple[str, str]] = set()
         self._errors: dict[tuple[str, int], str] = {}
         self._loose_failures: list[Arrival] = []
         self._loose_done: list[int] = []
         self._strangers: list[Stranger] = []
+        self._taken: dict[Key, dict[int, bytes]] = {}  # digests of what came from the broker and was applied
+        self._failures: list[Hold] = []
+        self._conflicts: list[Conflict] = []
+        self._cleared: list[Arrival] = []
         self._tally = Tally()
+        self.called: Arrival | None = None  # whose handler was called last
+        self.leaves_due = False  # held successors were left to the retry timer
 
     async def run(self, batch: Batch) -> Stats:
         """Do it all but the COMMIT; the counts are true once that succeeded."""
@@ -124,6 +150,17 @@ class Work:
         if await self._store.transaction_id() != transaction:
             raise CommitFailed("HandlerError: a handler ended the inbox's transaction")
         return self._tally.stats()
+
+    def committed(self) -> None:
+        """Say what somebody should know, and forget what was suspected: call it after the COMMIT."""
+        for arrival in self._cleared:
+            self._charges.suspects.clear(arrival.message)
+        for hold in self._failures:
+            if hold.error == DIED:
+                self._charges.suspects.held(hold.arrival.message)
+            self._log_failure(hold)
+        for conflict in self._conflicts:
+            self._log_conflict(conflict)
 
     async def _lock(self, batch: Batch) -> None:
         ordered = {key for a in batch.arrivals if self._rules.is_ordered(a.event) and (key := key_of(a.event))}
@@ -159,44 +196,64 @@ class Work:
 
     async def _drain(self, line: Line) -> None:
         while (arrival := line.next()) is not None:
-            if await self._succeeds(arrival):
-                line.applied(arrival)
-            else:
+            if not await self._succeeds(arrival):
                 line.failed(arrival)
+                continue
+            line.applied(arrival)
+            if arrival.held_id is None and not arrival.event.is_tombstone and (key := key_of(arrival.event)):
+                self._taken.setdefault(key, {})[line.cursor.last_seq] = arrival.event.digest
 
     async def _follow(self) -> None:
-        """Held successors of what was applied follow in the same transaction, in bounded portions."""
-        while following := {key: line for key, line in self._lines.items() if line.follows}:
-            portion = _PORTION if self._follow_left > 0 else 1
-            found = await self._store.successors({key: line.cursor for key, line in following.items()}, portion)
-            if not found:
+        """Held successors of what was applied follow in the same transaction, in bounded portions.
+
+        A portion may leave lines out, being bounded in bytes: the loop ends only when no line has a successor.
+        """
+        until = self._clock() + FOLLOW_S
+        while following := {key: line.cursor for key, line in self._lines.items() if line.follows}:
+            if self._follow_left <= 0 or self._clock() > until:
+                await self._leave_to_timer(following)
                 return
-            if self._follow_left <= 0:
-                await self._leave_to_timer(found)
+            found = await self._store.successors(following, _PORTION)
+            if not found:
                 return
             self._follow_left -= len(found)
             for arrival in found:
                 await self._take(arrival)
 
-    async def _leave_to_timer(self, successors: Sequence[Arrival]) -> None:
-        await self._store.make_due([a.held_id for a in successors if a.held_id is not None])
-        for arrival in successors:
-            if (key := key_of(arrival.event)) is not None:
-                self._lines[key].block()
+    async def _leave_to_timer(self, following: Mapping[Key, Cursor]) -> None:
+        for key in await self._store.make_successors_due(following):
+            self._lines[key].block()
+            self.leaves_due = True
 
     def _refuse(self, arrival: Arrival, refusal: Refusal) -> None:
+        if arrival.held_id is not None:
+            return  # deleted with what is held up to the cursor, and compared there
         if refusal is Refusal.CONFLICT:
             self._conflict(arrival)
-        elif arrival.held_id is None:
+        else:
             self._tally.add("stale" if refusal is Refusal.STALE else "duplicates")
 
     def _conflict(self, arrival: Arrival) -> None:
+        event = arrival.event
         self._strangers.append(Stranger.of_conflict(arrival))
+        self._conflicts.append(
+            Conflict(
+                source=event.source,
+                aggregate_type=event.aggregate_type,
+                aggregate_id=event.aggregate_id,
+                seq=event.seq,
+                message_id=event.message_id,
+            )
+        )
 
     async def _write(self) -> None:
-        await self._store.delete_held_through(
-            {key: line.cursor for key, line in self._lines.items() if line.clears_held}
+        clearing = {key: line for key, line in self._lines.items() if line.clears_held}
+        unread = await self._store.delete_held_through(
+            {key: line.cursor for key, line in clearing.items()},
+            {key: self._known_digests(key, line) for key, line in clearing.items()},
         )
+        self._conflicts += unread
+        self._tally.add("quarantined", len(unread))
         await self._store.delete_held(self._loose_done)
         await self._hold()
         await self._store.write_cursors(
@@ -204,6 +261,12 @@ class Work:
         )
         await self._store.quarantine(self._strangers)
         self._tally.add("quarantined", len(self._strangers))
+
+    def _known_digests(self, key: Key, line: Line) -> dict[int, bytes]:
+        """What has been applied under which number, as far as something else may be held under it."""
+        last = line.before
+        before = {} if last.last_digest is None else {last.last_seq: last.last_digest}
+        return before | self._taken.get(key, {})
 
     async def _hold(self) -> None:
         holds = [self._as_hold(a, reason) for line in self._lines.values() for a, reason in line.left()]
@@ -235,13 +298,14 @@ class Work:
         if hold.reason == "failed":
             self._tally.add("failed")
             self._tally.add("stuck", hold.state == "stuck")
-            self._log_failure(hold)
+            self._failures.append(hold)
         elif hold.arrival.held_id is None:
             self._tally.add(hold.reason)
 
     def _log_failure(self, hold: Hold) -> None:
         event = hold.arrival.event
-        log.warning(
+        say = log.error if hold.state == "stuck" else log.warning
+        say(
             "handler_failed",
             consumer=self._rules.consumer,
             source=event.source,
@@ -249,10 +313,21 @@ class Work:
             seq=event.seq,
             event_type=event.event_type,
             message_id=event.message_id,
-            error=hold.error,
+            error=loggable(hold.error or ""),
             attempts=hold.attempts,
             state=hold.state,
             retry_in_s=hold.delay_s,
+        )
+
+    def _log_conflict(self, conflict: Conflict) -> None:
+        log.error(
+            "conflict",
+            consumer=self._rules.consumer,
+            source=conflict.source,
+            aggregate=f"{conflict.aggregate_type}/{conflict.aggregate_id}",
+            seq=conflict.seq,
+            message_id=conflict.message_id,
+            reason="two messages have the same number and different content; one of them is in relay.inbox_quarantine",
         )
 
     async def _succeeds(self, arrival: Arrival) -> bool:
@@ -262,6 +337,7 @@ class Work:
             self._tally.add("skipped")
             return True
         try:
+            self._refuse_known(arrival)
             await (self._call_in_savepoint if self._careful else self._call)(handler, arrival)
         except HandlerFailed as exc:
             if not self._careful or exc.ends_transaction:
@@ -269,11 +345,15 @@ class Work:
             self._errors[arrival.name] = exc.error
             return False
         self._tally.add("applied")
+        if arrival.message in self._charges.suspects:
+            self._cleared.append(arrival)
         return True
 
+    def _refuse_known(self, arrival: Arrival) -> None:
+        if (verdict := self._charges.verdict(arrival)) is not None:
+            raise HandlerFailed(arrival, verdict)
+
     async def _call_in_savepoint(self, handler: Handler, arrival: Arrival) -> None:
-        if (error := self._doomed.get(arrival.name)) is not None:
-            raise HandlerFailed(arrival, error)
         savepoint = self._connection.transaction()
         await savepoint.start()
         try:
@@ -288,20 +368,21 @@ class Work:
             if not is_aborted(exc):
                 raise
             if exc.sqlstate != "25P02":
-                raise HandlerFailed(arrival, _ENDED, ends_transaction=True) from exc
+                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
             # asyncpg gives up a savepoint whose RELEASE failed; PostgreSQL has kept it, but the whole is redone anyway.
-            raise HandlerFailed(arrival, _ABORTED, ends_transaction=True) from exc
+            raise HandlerFailed(arrival, ABORTED, ends_transaction=True) from exc
 
     async def _undo(self, roll_back: Callable[[], object], arrival: Arrival) -> None:
         try:
             await roll_back()  # type: ignore[misc]
         except asyncpg.PostgresError as exc:
             if is_aborted(exc):
-                raise HandlerFailed(arrival, _ENDED, ends_transaction=True) from exc
+                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
             raise
 
     async def _call(self, handler: Handler, arrival: Arrival) -> None:
-        """Call a handler within its time. Raises HandlerFailed, or what `judged` finds behind its exception."""
+        """Call a handler within its time. Raises what `_blamed` finds behind its exception."""
+        self.called = arrival
         deadline = asyncio.timeout(self._rules.settings.handler_timeout_s)
         failure: BaseException | None = None
         try:
@@ -314,28 +395,33 @@ class Work:
         except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
             failure = exc
         if deadline.expired():
-            limit = self._rules.settings.handler_timeout_s
-            raise HandlerFailed(
-                arrival, f"TimeoutError: the handler took longer than {limit:g} s", ends_transaction=True
-            )
+            raise HandlerFailed(arrival, too_long(self._rules.settings.handler_timeout_s), ends_transaction=True)
         if failure is not None:
-            raise self._blamed(failure, arrival) from failure
-        if not self._connection.is_in_transaction():
-            raise HandlerFailed(arrival, _ENDED, ends_transaction=True)
-
-    def _blamed(self, failure: BaseException, arrival: Arrival) -> BaseException:
-        if (verdict := judged(failure)) is not None:
-            return verdict
+            raise await self._blamed(failure, arrival) from failure
         if self._connection.is_closed():
-            return asyncpg.ConnectionDoesNotExistError("the connection broke while a handler was using it")
+            raise _broken()
+        if not self._connection.is_in_transaction():
+            raise HandlerFailed(arrival, ENDED, ends_transaction=True)
+
+    async def _blamed(self, failure: BaseException, arrival: Arrival) -> Exception:
+        """Whose fault it is: of the server only if our own connection has broken, of chance only a few times."""
+        if await self._is_broken(failure):
+            return _broken()
+        if collided(failure) and self._charges.forgives(arrival):
+            return Collision(described(failure), arrival)
         ended = not self._connection.is_in_transaction()
-        return HandlerFailed(arrival, _ENDED if ended else described(failure), ends_transaction=ended)
+        return HandlerFailed(arrival, ENDED if ended else described(failure), ends_transaction=ended)
+
+    async def _is_broken(self, failure: BaseException) -> bool:
+        """Ask the connection itself: it may take a moment to notice, and the handler may have used another one."""
+        if speaks_of_server(failure) and not self._connection.is_closed():
+            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+                await self._store.transaction_id()
+        return self._connection.is_closed()
 
 
-_ENDED = f"{HandlerError.__name__}: the handler ended the transaction, which belongs to the inbox"
-_ABORTED = (
-    f"{HandlerError.__name__}: the handler swallowed an SQL error and left the transaction aborted (use a savepoint)"
-)
+def _broken() -> asyncpg.PostgresError:
+    return asyncpg.ConnectionDoesNotExistError("the connection broke while a handler was using it")
 
 
 def _being_cancelled() -> bool:

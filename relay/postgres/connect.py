@@ -26,8 +26,11 @@ _SESSION = {
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "10000",  # ms
     "idle_session_timeout": "0",
+    # A handler may wait for something else, and a batch is one transaction: relay has its own deadlines for both.
+    "idle_in_transaction_session_timeout": "0",
     "timezone": "UTC",
 }
+_SESSION_17 = {"transaction_timeout": "0"}  # new in PostgreSQL 17
 
 # The planner's wrong turns, measured: a sequential scan, or a generic plan made for an empty table, costs seconds on a young
 # and never-analysed log (shared/PERFORMANCE.md B and G).
@@ -105,5 +108,6 @@ async def _set_session(connection: Connection, plans: Mapping[str, str]) -> None
     encoding = await connection.fetchval(query("server_encoding"))
     if encoding != "UTF8":
         raise SchemaError(f"the database's encoding is {encoding}; relay needs UTF8")
-    for name, value in (_SESSION | dict(plans)).items():
+    session = _SESSION | (_SESSION_17 if connection.get_server_version().major >= 17 else {})
+    for name, value in (session | dict(plans)).items():
         await connection.execute(query("set_session"), name, value)

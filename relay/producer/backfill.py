@@ -123,4 +123,3 @@ def _refusal(exc: asyncpg.PostgresError) -> str:
     message = str(exc.args[0]).splitlines()[0]
     hint = getattr(exc, "hint", None)
     return f"PostgreSQL refused the event: {message}" + (f" ({hint})" if hint else "")
-

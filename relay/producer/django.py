@@ -46,7 +46,9 @@ def emit_many(
 def _checked(using: str, allow_autocommit: bool) -> BaseDatabaseWrapper:
     connection = connections[using]
     if connection.vendor != "postgresql":
-        raise InputError(f"the outbox is in PostgreSQL, but the database {using!r} is {connection.vendor}: pass using=...")
+        raise InputError(
+            f"the outbox is in PostgreSQL, but the database {using!r} is {connection.vendor}: pass using=..."
+        )
     inside = allow_autocommit or connection.in_atomic_block or not connection.get_autocommit()
     require_transaction(inside, _REMEDY)
     return connection

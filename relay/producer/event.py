@@ -172,7 +172,9 @@ def _headers(headers: object) -> str | None:
     _check_headers(headers.items())
     text = json.dumps(dict(headers), ensure_ascii=False)  # spaced as PostgreSQL prints jsonb, so of the same size
     if (size := len(text.encode())) > MAX_HEADERS_BYTES:
-        raise _Refusal("headers", f"are {size} bytes together, the limit is {MAX_HEADERS_BYTES}; move data to the payload")
+        raise _Refusal(
+            "headers", f"are {size} bytes together, the limit is {MAX_HEADERS_BYTES}; move data to the payload"
+        )
     return text
 
 
@@ -186,6 +188,8 @@ def _check_headers(items: Iterable[tuple[object, object]]) -> None:
             if flaw := text_flaw(value):
                 raise _Refusal("headers", f"the value of {name} {flaw}; remove it, PostgreSQL cannot store it")
         elif not isinstance(value, int):
-            raise _Refusal("headers", f"the value of {name} is of type {type(value).__name__}; it must be str, int or bool")
+            raise _Refusal(
+                "headers", f"the value of {name} is of type {type(value).__name__}; it must be str, int or bool"
+            )
         elif not -MAX_SEQUENCE - 1 <= value <= MAX_SEQUENCE:
             raise _Refusal("headers", f"the value of {name} does not fit 64 bits; send it as a string")

@@ -108,9 +108,13 @@ def _scalar(value: object) -> str:
             raise ValueError("holds a whole number of more than 4200 digits; send it as a string")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError("holds NaN or Infinity (or a number beyond 1.8e308), which JSON cannot say; use null or a string")
+            raise ValueError(
+                "holds NaN or Infinity (or a number beyond 1.8e308), which JSON cannot say; use null or a string"
+            )
     elif value is not None:
-        raise ValueError(f"holds a value of type {type(value).__name__}, which JSON does not know; convert it, for example with str()")
+        raise ValueError(
+            f"holds a value of type {type(value).__name__}, which JSON does not know; convert it, for example with str()"
+        )
     return ""
 
 

@@ -78,7 +78,9 @@ def _checked(given: object, allow_autocommit: bool) -> psycopg.Connection[Any]:
 def _checked_async(given: object, allow_autocommit: bool) -> psycopg.AsyncConnection[Any]:
     connection = given.connection if isinstance(given, psycopg.AsyncCursor) else given
     if not isinstance(connection, psycopg.AsyncConnection):
-        raise InputError(f"emit_async takes a psycopg AsyncConnection or AsyncCursor, not a {type(given).__name__}{_hint(given)}")
+        raise InputError(
+            f"emit_async takes a psycopg AsyncConnection or AsyncCursor, not a {type(given).__name__}{_hint(given)}"
+        )
     _require(connection, allow_autocommit)
     return connection
 

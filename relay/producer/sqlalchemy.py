@@ -82,4 +82,6 @@ def _checked(given: object, allow_autocommit: bool) -> Connection:
 
 def _require_async(given: object) -> None:
     if not hasattr(given, "run_sync"):
-        raise InputError(f"emit_async takes a SQLAlchemy AsyncConnection or AsyncSession, not a {type(given).__name__}: use emit")
+        raise InputError(
+            f"emit_async takes a SQLAlchemy AsyncConnection or AsyncSession, not a {type(given).__name__}: use emit"
+        )

@@ -14,18 +14,22 @@ from typing import Any
 import aio_pika
 import aiormq
 import aiormq.exceptions
+from aiormq.channel import EXCEPTION_MAPPING as CHANNEL_CODES
 from aiormq.connection import EXCEPTION_MAPPING as CONNECTION_CODES
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
-from aiormq.channel import EXCEPTION_MAPPING as CHANNEL_CODES
 from yarl import URL
 
-from relay.errors import BrokerError, BrokerRefused, BrokerUnavailable
+from relay.errors import BrokerError, BrokerRefused, BrokerUnavailable, UnreadableMessage
 from relay.settings import RabbitmqSettings
 
 CLOSE_TIMEOUT_S = 3.0
 """Longest goodbye: aiormq drains its write buffer on close, which a blocked or half-open broker never takes."""
 
 _USER_TIMEOUT_MS = 15_000
+_NO_VHOST = (
+    "the virtual host does not exist, the user may not use it, or its limit of connections is reached "
+    "(RabbitMQ's own log says which: aiormq keeps its answer to itself)"
+)
 _REFUSED = (402, 403, 404, 405, 406, 530)
 
 
@@ -110,6 +114,8 @@ def translated(exc: BaseException, doing: str) -> BrokerError | None:
     """The relay error for an exception of aiormq or the socket; None if it is neither."""
     if isinstance(exc, TimeoutError):
         return BrokerUnavailable(f"{doing}: no answer in time")
+    if isinstance(exc, aiormq.exceptions.InvalidFrameError) and "got <Connection.Close" in str(exc):
+        return BrokerRefused(f"{doing}: RabbitMQ refused: {_NO_VHOST}")
     if isinstance(exc, aiormq.exceptions.AMQPError):
         code = reply_code(exc)
         text = reply_text(exc)
@@ -119,9 +125,22 @@ def translated(exc: BaseException, doing: str) -> BrokerError | None:
             return BrokerRefused(f"{doing}: RabbitMQ refused: {text}", reply_code=code)
         return BrokerUnavailable(f"{doing}: {text}", reply_code=code)
     if isinstance(exc, OSError):
-        return BrokerUnavailable(f"{doing}: {exc.strerror or exc}")
+        file = f": {exc.filename}" if exc.filename else ""  # of a certificate that the URL names
+        return BrokerUnavailable(f"{doing}: {exc.strerror or exc}{file}")
     if isinstance(exc, RuntimeError):  # aio-pika's own: "connection/channel is closed"
         return BrokerUnavailable(f"{doing}: {exc}")
+    if (
+        type(exc) is Exception and not exc.args
+    ):  # aiormq ends waiting calls so when it knows no reason (base.py, reject_all)
+        return BrokerUnavailable(f"{doing}: the connection to RabbitMQ has ended")
+    return None
+
+
+def unreadable(exc: BaseException) -> UnreadableMessage | None:
+    """The error for what a consumer's reader fails with when it cannot decode a frame; None for any other end of it."""
+    if isinstance(exc, aiormq.exceptions.InvalidFrameError | RecursionError | UnicodeError):
+        detail = reply_text(exc.__cause__ or exc)
+        return UnreadableMessage(f"a message in the queue cannot be decoded and ends the connection: {detail}")
     return None
 
 

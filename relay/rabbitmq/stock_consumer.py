@@ -16,11 +16,15 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 from relay.errors import BrokerError, BrokerUnavailable
 from relay.message import Delivery
 from relay.rabbitmq.queues import InboxQueue, ensure_queue
-from relay.rabbitmq.session import CLOSE_TIMEOUT_S, Session, broker_errors, close, connect, translated
+from relay.rabbitmq.session import CLOSE_TIMEOUT_S, Session, broker_errors, close, connect, translated, unreadable
 from relay.settings import RabbitmqSettings
 
 ACK_TIMEOUT_S = 10.0
 """Longest wait for room in aiormq's write queue; a broker that takes nothing for so long has ended the session."""
+
+BATCH_BYTES = 64 * 1024 * 1024
+"""Most bytes of bodies that `receive` hands out at once (the first message always fits): RabbitMQ bounds what is on its way
+by count only, and a batch is copied several times on its way into a transaction."""
 
 
 class StockConsumer:
@@ -61,7 +65,7 @@ class StockConsumer:
             await self._changed.wait()
         if self._lost is not None:
             raise self._lost
-        return [self._buffer.popleft() for _ in range(min(limit, len(self._buffer)))]
+        return _taken(self._buffer, limit)
 
     async def acknowledge(self, tag: int) -> None:
         """See the contract. Written in the background: an ack that gets lost means a redelivery, which is harmless."""
@@ -101,13 +105,36 @@ class StockConsumer:
     def _on_closing(self, closing: asyncio.Future[Any]) -> None:
         """A heartbeat that died arrives as CancelledError, either as the future's state or as its exception."""
         cause = None if closing.cancelled() else closing.exception()
-        error = None if cause is None else translated(cause, "consuming")
+        error = None if cause is None else unreadable(cause) or translated(cause, "consuming")
         self._end(error or BrokerUnavailable("consuming: the connection to RabbitMQ has ended"))
 
     def _end(self, error: BrokerError) -> None:
         if self._lost is None:
             self._lost = error
         self._changed.set()
+
+
+def _taken(buffer: deque[Delivery], limit: int) -> list[Delivery]:
+    """Take from the front: at most `limit` deliveries, and BATCH_BYTES."""
+    taken: list[Delivery] = []
+    total = 0
+    while buffer and len(taken) < limit:
+        total += len(buffer[0].body)
+        if taken and total > BATCH_BYTES:
+            break
+        taken.append(buffer.popleft())
+    return taken
+
+
+_OTHERS = (
+    "content_encoding",
+    "delivery_mode",
+    "priority",
+    "correlation_id",
+    "reply_to",
+    "expiration",
+    "user_id",
+)
 
 
 def _delivery(message: DeliveredMessage) -> Delivery:
@@ -125,6 +152,7 @@ def _delivery(message: DeliveredMessage) -> Delivery:
         occurred_at=_instant(properties.timestamp),
         headers=properties.headers if isinstance(properties.headers, dict) else {},
         body=bytes(message.body),
+        others={name: getattr(properties, name) for name in _OTHERS},
     )
 
 

@@ -66,7 +66,7 @@ async def until(question: Callable[[], Any], *, timeout_s: float = 30, every_s: 
     """Ask (an async function) again and again until the answer is true; returns it. For what announces nothing itself."""
     async with asyncio.timeout(timeout_s):
         while not (answer := await question()):
-            await asyncio.sleep(every_s)  # noqa: ASYNC110 - a table or a process sets no event
+            await asyncio.sleep(every_s)
     return answer
 
 

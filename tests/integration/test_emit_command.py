@@ -103,7 +103,9 @@ def test_an_event_that_postgresql_refuses_is_found_in_its_batch(run: Run, databa
     content = "\n" + lines(5) + line(6, seq=99) + lines(3)
     result = run(content, "--batch", batch)
     error = relay_error(result)
-    assert str(error).startswith("line 7: PostgreSQL refused the event: relay.outbox: seq 99 was given for order/42, but the next one is 6 (")
+    assert str(error).startswith(
+        "line 7: PostgreSQL refused the event: relay.outbox: seq 99 was given for order/42, but the next one is 6 ("
+    )
     assert error.exit_code == 6
     assert len(payloads(database)) == {"1": 5, "4": 4, "1000": 0}[batch]
 
@@ -148,7 +150,9 @@ def test_a_batch_ends_at_its_size_too(run: Run, database: str, monkeypatch: pyte
     assert len(payloads(database)) == 6
 
 
-def test_a_terminal_sees_a_bar_on_standard_error_only(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_terminal_sees_a_bar_on_standard_error_only(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "events.jsonl").write_text(lines(30))
     monkeypatch.setattr(emit_module, "_is_terminal", lambda: True)
     for options in (("events.jsonl",), ("-",)):
@@ -184,7 +188,9 @@ async def test_an_interrupt_during_commit_waits_for_its_answer(database: str, mo
     await connection.close()
 
 
-async def test_a_connection_that_dies_in_commit_leaves_the_batch_in_doubt(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_dies_in_commit_leaves_the_batch_in_doubt(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connection, tally = await asyncpg.connect(database), Tally(next_line=5)
     commit = asyncpg.transaction.Transaction.commit
 
@@ -249,7 +255,9 @@ def test_ctrl_c_on_a_silent_pipe_says_what_is_committed(database: str, tmp_path:
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=30)[1]
     assert process.returncode == 130
-    assert "20 events committed; interrupted; nothing from line 21 on is written. Continue with --from-line 21" in errors
+    assert (
+        "20 events committed; interrupted; nothing from line 21 on is written. Continue with --from-line 21" in errors
+    )
     assert payloads(database) == list(range(1, 21))
 
 
@@ -260,7 +268,9 @@ def test_ctrl_c_during_an_insert_rolls_its_batch_back(database: str, tmp_path: P
         process.stdin.write(lines(10) + line(11, "locked"))
         process.stdin.close()
         deadline = time.monotonic() + 30
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'relay emit' AND wait_event_type = 'Lock'"
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'relay emit' AND wait_event_type = 'Lock'"
+        )
         with psycopg.connect(database, autocommit=True) as watcher:
             while time.monotonic() < deadline and watcher.execute(waiting).fetchall() != [(1,)]:
                 time.sleep(0.02)

@@ -14,7 +14,9 @@ IDS = [str(i) for i in range(200)]
 STATEMENTS: dict[str, tuple[Any, ...]] = {
     "lock_cursors": ("c", "s", "t", IDS),
     "held_successors": ("c", "s", "t", IDS, [1] * 200, 64, 1_000_000),
-    "delete_held_through": ("c", "s", "t", IDS, [1] * 200),
+    "make_successors_due": ("c", "s", "t", IDS, [1] * 200),
+    "release_waiting": ("c", "", "", "", 2000),
+    "delete_held_through": ("c", "s", "t", IDS, [1] * 200, IDS, [1] * 200, [b""] * 200, "relay.tombstone"),
     "due_held": ("c", 100, 1_000_000),
     "next_due": ("c",),
 }
@@ -35,9 +37,9 @@ async def test_no_statement_of_a_batch_scans_a_table(name: str, rows: int, datab
         )
         plan = "\n".join(r[0] for r in await connection.fetch("EXPLAIN " + query(name), *STATEMENTS[name]))
         assert "Seq Scan" not in plan, plan
-        if name in ("held_successors", "delete_held_through"):
+        if name in ("held_successors", "make_successors_due", "release_waiting", "delete_held_through"):
             assert "inbox_held_by_aggregate" in plan, plan
-        if name == "lock_cursors":
+        if name in ("lock_cursors", "release_waiting"):
             assert "inbox_aggregate_pkey" in plan, plan
     finally:
         await connection.close()

@@ -346,7 +346,12 @@ async def test_no_events_are_no_statement(driver: Driver, database: str) -> None
 
 
 async def test_a_seq_that_is_not_the_next_is_an_error_of_the_driver_that_tells_the_next(driver: Driver) -> None:
-    errors = (asyncpg.SerializationError, psycopg.errors.SerializationFailure, sa.exc.DBAPIError, django.db.OperationalError)
+    errors = (
+        asyncpg.SerializationError,
+        psycopg.errors.SerializationFailure,
+        sa.exc.DBAPIError,
+        django.db.OperationalError,
+    )
     async with driver.transaction():
         await driver.emit(paid())
     with pytest.raises(errors, match="seq 7 was given for order/42, but the next one is 2"):

@@ -25,7 +25,9 @@ ANY_JSON = st.recursive(
 )
 NUMBER = st.from_regex(r"-?(0|[1-9][0-9]{0,30})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,5})?", fullmatch=True)
 HEADERS = st.dictionaries(
-    st.text(st.characters(codec="ascii"), max_size=6) | ANY_TEXT | st.sampled_from(["x-tag", "x-relay-a", "traceparent"]),
+    st.text(st.characters(codec="ascii"), max_size=6)
+    | ANY_TEXT
+    | st.sampled_from(["x-tag", "x-relay-a", "traceparent"]),
     ANY_TEXT | st.integers(-(2**65), 2**65) | st.booleans(),
     max_size=3,
 )
@@ -52,7 +54,9 @@ ONE_FIELD = st.sampled_from(sorted(FIELDS)).flatmap(lambda name: st.tuples(st.ju
 @example(changed={"payload": JsonText("0e-20000")})
 @example(changed={"payload": JsonText("0E99999")})
 @example(changed={"payload": JsonText("0e-1000")})
-def test_every_text_in_every_field_is_stored_or_refused_by_name(link: psycopg.Connection[Any], changed: dict[str, Any]) -> None:
+def test_every_text_in_every_field_is_stored_or_refused_by_name(
+    link: psycopg.Connection[Any], changed: dict[str, Any]
+) -> None:
     try:
         event = NewEvent(**{**GOOD, **changed})
     except InputError as error:
@@ -93,7 +97,9 @@ def deep(levels: int) -> Any:
         pytest.param({"payload": "x" * (16 * 1024 * 1024 - 2)}, id="largest"),
         pytest.param({"aggregate_id": "é" * 256}, id="longest id"),
         pytest.param({"routing_key": "é" * 127 + "k"}, id="longest key"),
-        pytest.param({"event_type": "_" * 100, "aggregate_type": "0" * 100, "content_type": "~" * 100}, id="longest names"),
+        pytest.param(
+            {"event_type": "_" * 100, "aggregate_type": "0" * 100, "content_type": "~" * 100}, id="longest names"
+        ),
         pytest.param({"headers": {"!" * 128: -(2**63), "~": 2**63 - 1}}, id="headers at their limits"),
     ],
 )

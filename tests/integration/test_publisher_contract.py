@@ -13,7 +13,7 @@ import pytest
 
 from relay.errors import BrokerRefused, BrokerUnavailable
 from relay.message import Message
-from relay.rabbitmq.contract import Confirmed, Nacked, Publisher, Refused, Returned, Unknown
+from relay.rabbitmq.contract import Confirmed, Nacked, Publisher, Returned, Unknown
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.sandbox import RabbitMQ
 from relay.settings import RabbitmqSettings

@@ -362,13 +362,17 @@ async def test_a_restore_that_did_not_bring_the_sequence_along_loses_nothing(
         restored = await _move(log, elsewhere, tmp_path)
         async with connected(restored) as producer:
             await producer.execute("ALTER SEQUENCE relay.outbox_id_seq RESTART WITH 1")  # as after logical replication
-            await insert(producer, "order/new", count=10)  # ids 1 to 10, below what was published, and small transaction ids
+            await insert(
+                producer, "order/new", count=10
+            )  # ids 1 to 10, below what was published, and small transaction ids
             assert await producer.fetchval("SELECT max(id) FROM relay.outbox WHERE aggregate_id = 'new'") == 10
         await _drain(restored, broker)
         await witness.wait_for(60)
         async with connected(restored) as producer:
             await insert(producer, "order/new")
-            assert await producer.fetchval("SELECT min(id) FROM relay.outbox WHERE aggregate_id = 'new' AND seq = 11") > 50
+            assert (
+                await producer.fetchval("SELECT min(id) FROM relay.outbox WHERE aggregate_id = 'new' AND seq = 11") > 50
+            )
         await _drain(restored, broker)
         await witness.wait_for(61)
     assert witness.sequences(first_only=False) == {"order/old": list(range(1, 51)), "order/new": list(range(1, 12))}

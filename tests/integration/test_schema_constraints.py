@@ -81,7 +81,8 @@ CASES: dict[str, dict[str, list[str]]] = {
             event(payload=f"to_jsonb(repeat('x', {LIMIT}))"),  # with its quotes two bytes too many
         ],
         "outbox_created_at_is_from_1970_to_9999": [
-            event(created_at=value) for value in ("'1969-12-31 23:59:59Z'", "'-infinity'", "'10000-01-01 00:00Z'", "'infinity'")
+            event(created_at=value)
+            for value in ("'1969-12-31 23:59:59Z'", "'-infinity'", "'10000-01-01 00:00Z'", "'infinity'")
         ],
         "outbox_content_type_is_printable": [
             event(content_type=value) for value in ("''", "E'a\\tb'", "'é'", "repeat('x', 101)")

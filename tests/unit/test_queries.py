@@ -65,7 +65,9 @@ def _sources() -> Iterator[Path]:
 
 
 def _files() -> list[str]:
-    return [file.read_text(encoding="utf-8") for file in (sql_root() / "queries").iterdir() if file.name.endswith(".sql")]
+    return [
+        file.read_text(encoding="utf-8") for file in (sql_root() / "queries").iterdir() if file.name.endswith(".sql")
+    ]
 
 
 def _asked(file: Path) -> Iterator[str]:

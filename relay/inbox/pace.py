@@ -1,0 +1,27 @@
+"""How many messages to put into one transaction, so that it does not last much longer than a second. Pure."""
+
+from __future__ import annotations
+
+LONG_S = 1.0
+"""Longer than this is too long: competing consumers wait for the cursors meanwhile, and a stop for the batch."""
+
+SHORT_S = 0.25
+"""Under this a batch of twice the size would still be far from LONG_S."""
+
+_FIRST = 32
+"""Where it starts: how slow the handlers are is found out with few messages, and fast ones lose five small batches."""
+
+
+class Pace:
+    """The size of the next batch, from how long the last ones took: halved and doubled, between 1 and `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.limit = min(_FIRST, most)
+
+    def took(self, messages: int, seconds: float) -> None:
+        """Learn from a batch. One that was not full shows nothing about larger ones by having been fast."""
+        if seconds > LONG_S:
+            self.limit = max(1, min(self.limit, messages) // 2)
+        elif seconds < SHORT_S and messages >= self.limit:
+            self.limit = min(self._most, self.limit * 2)
