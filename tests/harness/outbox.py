@@ -65,7 +65,7 @@ async def shard_of(outbox: Outbox, shard: int = 0, *, timeout_s: float = 30) -> 
 async def until(question: Callable[[], Any], *, timeout_s: float = 30, every_s: float = 0.02) -> Any:
     """Ask (an async function) again and again until the answer is true; returns it. For what announces nothing itself."""
     async with asyncio.timeout(timeout_s):
-        while not (answer := await question()):
+        while not (answer := await question()):  # noqa: ASYNC110 - a table or a process sets no event
             await asyncio.sleep(every_s)
     return answer
 

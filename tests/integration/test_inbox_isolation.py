@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +18,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from relay.errors import PostgresUnavailable
-from relay.inbox import Event, Inbox, apply, consumer, storable, store
+from relay.inbox import Event, Inbox, Stats, apply, consumer, pace, storable, store
 from relay.inbox.apply import Applier
 from relay.inbox.database import Database
 from relay.inbox.sequencer import Arrival
@@ -372,6 +373,27 @@ async def test_waiting_for_a_competitors_cursor_is_not_bounded_by_the_time_out_o
             assert not waiting.done()
         await waiting
         assert await b.effects() == [("1", 1), ("1", 2)]
+
+
+async def test_a_batch_that_took_too_long_is_followed_by_smaller_ones(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "LONG_S", -1.0)
+    sizes: list[int] = []
+    async with world(database, broker) as w:
+        count = w.committed
+
+        def committed(stats: Stats) -> None:
+            if stats.received:
+                sizes.append(stats.received)
+            count(stats)
+
+        monkeypatch.setattr(w, "committed", committed)
+        async with w.running(recording()):
+            await w.publish(stream("1", 60))
+            await w.until(lambda s: s.applied == 60)
+    assert all(after <= max(1, before // 2) for before, after in pairwise(sizes)), sizes
+    assert sum(sizes) == 60
 
 
 # The same number twice

