@@ -214,7 +214,7 @@ class InboxSettings(_Section):
         20, ge=1, le=1_000_000, description="After this many failures a message is stuck and waits for an operator."
     )
     delivery_limit: int = Field(
-        1000,
+        100,
         ge=1,
         le=1_000_000,
         description="Deliveries after which the broker dead-letters a message that kills its consumer.",
