@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import asyncpg
 import structlog
 
+from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import (
-    ABORTED,
     DIED,
-    ENDED,
-    Collision,
     CommitFailed,
     HandlerFailed,
-    collided,
-    described,
-    is_aborted,
     loggable,
-    speaks_of_server,
-    too_long,
 )
-from relay.inbox.handlers import Handler, Inbox
+from relay.inbox.handlers import Inbox
 from relay.inbox.sequencer import Arrival, Cursor, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
 from relay.inbox.stats import Stats, Tally
 from relay.inbox.store import LOCK_TIMEOUT_S, Conflict, Due, Hold, Store, Stranger
@@ -133,8 +124,13 @@ class Work:
         self._conflicts: list[Conflict] = []
         self._cleared: list[Arrival] = []
         self._tally = Tally()
-        self.called: Arrival | None = None  # whose handler was called last
+        self._caller = Caller(connection, self._store, charges, timeout_s=rules.settings.handler_timeout_s)
         self.leaves_due = False  # held successors were left to the retry timer
+
+    @property
+    def called(self) -> Arrival | None:
+        """Whose handler was called last."""
+        return self._caller.called
 
     async def run(self, batch: Batch) -> Stats:
         """Do it all but the COMMIT; the counts are true once that succeeded."""
@@ -338,7 +334,7 @@ class Work:
             return True
         try:
             self._refuse_known(arrival)
-            await (self._call_in_savepoint if self._careful else self._call)(handler, arrival)
+            await (self._caller.call_in_savepoint if self._careful else self._caller.call)(handler, arrival)
         except HandlerFailed as exc:
             if not self._careful or exc.ends_transaction:
                 raise
@@ -352,78 +348,3 @@ class Work:
     def _refuse_known(self, arrival: Arrival) -> None:
         if (verdict := self._charges.verdict(arrival)) is not None:
             raise HandlerFailed(arrival, verdict)
-
-    async def _call_in_savepoint(self, handler: Handler, arrival: Arrival) -> None:
-        savepoint = self._connection.transaction()
-        await savepoint.start()
-        try:
-            await self._call(handler, arrival)
-        except HandlerFailed as exc:
-            if not exc.ends_transaction:
-                await self._undo(savepoint.rollback, arrival)
-            raise
-        try:
-            await savepoint.commit()
-        except asyncpg.PostgresError as exc:
-            if not is_aborted(exc):
-                raise
-            if exc.sqlstate != "25P02":
-                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
-            # asyncpg gives up a savepoint whose RELEASE failed; PostgreSQL has kept it, but the whole is redone anyway.
-            raise HandlerFailed(arrival, ABORTED, ends_transaction=True) from exc
-
-    async def _undo(self, roll_back: Callable[[], object], arrival: Arrival) -> None:
-        try:
-            await roll_back()  # type: ignore[misc]
-        except asyncpg.PostgresError as exc:
-            if is_aborted(exc):
-                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
-            raise
-
-    async def _call(self, handler: Handler, arrival: Arrival) -> None:
-        """Call a handler within its time. Raises what `_blamed` finds behind its exception."""
-        self.called = arrival
-        deadline = asyncio.timeout(self._rules.settings.handler_timeout_s)
-        failure: BaseException | None = None
-        try:
-            async with deadline:
-                await handler(arrival.event, self._connection)
-        except asyncio.CancelledError as exc:
-            if _being_cancelled():
-                raise
-            failure = exc
-        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
-            failure = exc
-        if deadline.expired():
-            raise HandlerFailed(arrival, too_long(self._rules.settings.handler_timeout_s), ends_transaction=True)
-        if failure is not None:
-            raise await self._blamed(failure, arrival) from failure
-        if self._connection.is_closed():
-            raise _broken()
-        if not self._connection.is_in_transaction():
-            raise HandlerFailed(arrival, ENDED, ends_transaction=True)
-
-    async def _blamed(self, failure: BaseException, arrival: Arrival) -> Exception:
-        """Whose fault it is: of the server only if our own connection has broken, of chance only a few times."""
-        if await self._is_broken(failure):
-            return _broken()
-        if collided(failure) and self._charges.forgives(arrival):
-            return Collision(described(failure), arrival)
-        ended = not self._connection.is_in_transaction()
-        return HandlerFailed(arrival, ENDED if ended else described(failure), ends_transaction=ended)
-
-    async def _is_broken(self, failure: BaseException) -> bool:
-        """Ask the connection itself: it may take a moment to notice, and the handler may have used another one."""
-        if speaks_of_server(failure) and not self._connection.is_closed():
-            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
-                await self._store.transaction_id()
-        return self._connection.is_closed()
-
-
-def _broken() -> asyncpg.PostgresError:
-    return asyncpg.ConnectionDoesNotExistError("the connection broke while a handler was using it")
-
-
-def _being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

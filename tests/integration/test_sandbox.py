@@ -199,14 +199,18 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _addresses_listened_on(pid: int) -> set[str]:
-    listening = [
-        connection.laddr.ip
-        for process in _family(pid)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = {address for process in _family(pid) for address in _listening(process)}
     assert listening
-    return set(listening)
+    return listening
+
+
+def _listening(process: psutil.Process) -> list[str]:
+    """Nothing for a process that has ended meanwhile, as PostgreSQL's workers do: what has ended does not listen."""
+    try:
+        connections = process.net_connections("inet")
+    except psutil.NoSuchProcess:
+        return []
+    return [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
 
 
 async def _fetchval(dsn: str, query: str) -> object:

@@ -1,0 +1,112 @@
+"""Calls one handler, in its time, and finds out whose fault a failure is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+import asyncpg
+
+from relay.inbox.charges import Charges
+from relay.inbox.failures import (
+    ABORTED,
+    ENDED,
+    Collision,
+    HandlerFailed,
+    collided,
+    described,
+    is_aborted,
+    speaks_of_server,
+    too_long,
+)
+from relay.inbox.handlers import Handler
+from relay.inbox.sequencer import Arrival
+from relay.inbox.store import Store
+from relay.postgres.connect import Connection
+
+
+class Caller:
+    """Calls the handlers of one transaction. `called` is the last one: who was at work if the connection breaks."""
+
+    def __init__(self, connection: Connection, store: Store, charges: Charges, *, timeout_s: float) -> None:
+        self._connection = connection
+        self._store = store
+        self._charges = charges
+        self._timeout_s = timeout_s
+        self.called: Arrival | None = None
+
+    async def call_in_savepoint(self, handler: Handler, arrival: Arrival) -> None:
+        savepoint = self._connection.transaction()
+        await savepoint.start()
+        try:
+            await self.call(handler, arrival)
+        except HandlerFailed as exc:
+            if not exc.ends_transaction:
+                await self._undo(savepoint.rollback, arrival)
+            raise
+        try:
+            await savepoint.commit()
+        except asyncpg.PostgresError as exc:
+            if not is_aborted(exc):
+                raise
+            if exc.sqlstate != "25P02":
+                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
+            # asyncpg gives up a savepoint whose RELEASE failed; PostgreSQL has kept it, but the whole is redone anyway.
+            raise HandlerFailed(arrival, ABORTED, ends_transaction=True) from exc
+
+    async def _undo(self, roll_back: Callable[[], object], arrival: Arrival) -> None:
+        try:
+            await roll_back()  # type: ignore[misc]
+        except asyncpg.PostgresError as exc:
+            if is_aborted(exc):
+                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
+            raise
+
+    async def call(self, handler: Handler, arrival: Arrival) -> None:
+        """Call a handler within its time. Raises what `_blamed` finds behind its exception."""
+        self.called = arrival
+        deadline = asyncio.timeout(self._timeout_s)
+        failure: BaseException | None = None
+        try:
+            async with deadline:
+                await handler(arrival.event, self._connection)
+        except asyncio.CancelledError as exc:
+            if _being_cancelled():
+                raise
+            failure = exc
+        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
+            failure = exc
+        if deadline.expired():
+            raise HandlerFailed(arrival, too_long(self._timeout_s), ends_transaction=True)
+        if failure is not None:
+            raise await self._blamed(failure, arrival) from failure
+        if self._connection.is_closed():
+            raise _broken()
+        if not self._connection.is_in_transaction():
+            raise HandlerFailed(arrival, ENDED, ends_transaction=True)
+
+    async def _blamed(self, failure: BaseException, arrival: Arrival) -> Exception:
+        """Whose fault it is: of the server only if our own connection has broken, of chance only a few times."""
+        if await self._is_broken(failure):
+            return _broken()
+        if collided(failure) and self._charges.forgives(arrival):
+            return Collision(described(failure), arrival)
+        ended = not self._connection.is_in_transaction()
+        return HandlerFailed(arrival, ENDED if ended else described(failure), ends_transaction=ended)
+
+    async def _is_broken(self, failure: BaseException) -> bool:
+        """Ask the connection itself: it may take a moment to notice, and the handler may have used another one."""
+        if speaks_of_server(failure) and not self._connection.is_closed():
+            with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError):
+                await self._store.transaction_id()
+        return self._connection.is_closed()
+
+
+def _broken() -> asyncpg.PostgresError:
+    return asyncpg.ConnectionDoesNotExistError("the connection broke while a handler was using it")
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
