@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import asyncpg
@@ -214,8 +214,17 @@ class Store:
         same: list[Arrival] = []
         other: list[Arrival] = []
         for hold in fresh:
-            if _name(hold.arrival.event) not in inserted:
-                (same if await self._is_same(hold.arrival.event) else other).append(hold.arrival)
+            if _name(hold.arrival.event) in inserted:
+                continue
+            held_id = await self._held_as(hold.arrival.event)
+            if held_id is None:
+                other.append(hold.arrival)
+            elif (
+                hold.reason == "failed" and held_id
+            ):  # held early before, and its redelivered copy failed: the failure counts
+                await self._update_held([replace(hold, arrival=replace(hold.arrival, held_id=held_id))])
+            else:
+                same.append(hold.arrival)
         return same, other
 
     async def make_successors_due(self, cursors: Mapping[Key, Cursor]) -> list[Key]:
@@ -302,20 +311,26 @@ class Store:
             [hold.delay_s for hold in holds],
         )
 
-    async def _is_same(self, event: Event) -> bool:
-        """Whether what is held under the event's number is the event. A tombstone takes its place instead of contradicting it."""
+    async def _held_as(self, event: Event) -> int | None:
+        """The row (0: not known) that holds the same event already; None if another content is held under its number.
+
+        A tombstone takes the place of what is held instead of contradicting it.
+        """
         if event.seq is None:
-            return True  # without order, the message id is all the identity there is
+            return 0  # without order, the message id is all the identity there is
         row = await self._connection.fetchrow(
             query("held_digest"), self._consumer, event.source, event.aggregate_type, event.aggregate_id, event.seq
         )
-        if row is None or row["digest"] == event.digest or row["event_type"] == TOMBSTONE:
-            return True
+        if row is None:
+            return 0
+        held_id: int = row["id"]
+        if row["digest"] == event.digest or row["event_type"] == TOMBSTONE:
+            return held_id
         if not event.is_tombstone:
-            return False
+            return None
         await self._connection.execute(
             query("replace_held"),
-            row["id"],
+            held_id,
             event.message_id,
             event.event_type,
             storable.text(event.content_type),
@@ -323,7 +338,7 @@ class Store:
             event.body,
             event.digest,
         )
-        return True
+        return held_id
 
 
 async def due_held(connection: Connection, consumer: str, rows: int) -> list[Due]:

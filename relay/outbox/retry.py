@@ -24,6 +24,9 @@ from relay.settings import OutboxSettings
 _PROBES = 10
 """Rows tried alone in one go: each may take the whole confirm time-out."""
 
+_RELOAD_S = 10.0
+"""Time between two looks at the whole table while rows are parked: an operator may have changed it."""
+
 Probed = tuple[Due, Outcome | None]
 """A row that was tried alone; None: the broker could not be reached, which says nothing about the row."""
 
@@ -55,12 +58,17 @@ class Retry:
         self._log = log
         self._clock = asyncio.get_running_loop().time
         self._due_at: float | None = None
-        self._probing: asyncio.Task[list[Probed]] | None = None
+        self._reload_at = self._clock() + _RELOAD_S
+        self._probing: asyncio.Task[None] | None = None
+        self._tried: list[Probed] = []  # alone, and not settled yet
         self._probed: set[int | Aggregate] = set()  # ids of the rows being tried alone, and their aggregates
 
     async def load(self) -> None:
-        """Learn from the database what is parked."""
+        """Learn from the database what is parked; see that every blocked aggregate has a row that is tried, or is stuck."""
+        self._reload_at = self._clock() + _RELOAD_S
         found = await self._store.blocked()
+        if found:
+            await self._store.promote_headless()
         self.rows = sum(found.values())
         self.blocked = {aggregate for aggregate in found if aggregate is not None}
         await self._plan()
@@ -77,18 +85,25 @@ class Retry:
             self._due_at = due_at if self._due_at is None else min(self._due_at, due_at)
 
     def within(self, seconds: float) -> float:
-        """The shorter of `seconds` and the time until something is due."""
-        return seconds if self._due_at is None else max(0.0, min(seconds, self._due_at - self._clock()))
+        """The shorter of `seconds` and the time until something is to be done here."""
+        times = [self._due_at] if self._due_at is not None else []
+        if self.rows:
+            times.append(self._reload_at)
+        return max(0.0, min([seconds, *(at - self._clock() for at in times)]))
 
     async def step(self) -> None:
         """Settle what was tried alone, and try a portion of what is due. After it the publisher may be lost."""
-        await self._settle_probes()
+        await self.settle_probes()
+        if self.rows and self._clock() >= self._reload_at:
+            await self.load()
         if self._due_at is None or self._clock() < self._due_at:
             return
         due = [d for d in await self._store.due() if not self._is_probed(d.row)]
-        await self._try(_heads_first(due))
+        if not due and self._probing is None:
+            self._progress.careful_retry = False  # all that was suspect has been tried alone
+        did = await self._try(_heads_first(due))
         await self._plan()
-        if not due and self._due_at is not None:  # what is due is being tried alone, or somebody changed the table
+        if not did and self._due_at is not None:  # what is due is being tried alone, or waits for its turn there
             self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
 
     async def close(self) -> None:
@@ -101,24 +116,27 @@ class Retry:
         wait_s = await self._store.next_attempt_s() if self.rows else None
         self._due_at = None if wait_s is None else self._clock() + max(0.0, wait_s)
 
-    async def _try(self, due: tuple[list[Due], list[Due]]) -> None:
+    async def _try(self, due: tuple[list[Due], list[Due]]) -> bool:
+        """True when something was sent, or began to be tried alone."""
         heads, behind = due
         alone = [d for d in heads if d.alone or self._progress.careful_retry]
         together = [d for d in heads if d not in alone]
-        if alone and self._probing is None:
+        probing = bool(alone) and self._probing is None
+        if probing:
             self._start_probes(alone[:_PROBES])
         held = {d.row.aggregate for d in alone}
         settled = await self._send(together)
         held |= {d.row.aggregate for d, outcome in settled if not isinstance(outcome, Confirmed)}
         settled += await self._send([d for d in behind if d.row.aggregate not in held])
         await self._settle(settled)
-        if self._publisher.lost is not None:
-            self._progress.careful_retry = True  # one of them may be to blame: the next session tries them alone
+        return probing or bool(settled)
 
     async def _send(self, due: Sequence[Due]) -> list[Probed]:
         if not due:
             return []
         outcomes = await self._publisher.publish([self._message(d.row) for d in due])
+        if self._publisher.message_is_suspect or any(isinstance(o, Unknown) and o.timed_out for o in outcomes):
+            self._progress.careful_retry = True  # one of them may be to blame: the next session tries them alone
         return [
             (d, None if isinstance(outcome, Unknown) else outcome) for d, outcome in zip(due, outcomes, strict=True)
         ]
@@ -164,30 +182,35 @@ class Retry:
     def _is_probed(self, row: Row) -> bool:
         return row.id in self._probed or (row.aggregate is not None and row.aggregate in self._probed)
 
-    async def _probe_each(self, due: Sequence[Due]) -> list[Probed]:
-        return [(d, await self._probe_one(d)) for d in due]
+    async def _probe_each(self, due: Sequence[Due]) -> None:
+        """Each result is there at once: a session that ends in the middle has counted what was tried."""
+        for d in due:
+            outcome = await self._probe_one(d)
+            self._tried.append((d, outcome))
+            self._wake()
 
     async def _probe_one(self, due: Due) -> Outcome | None:
         try:
             async with self._probe() as publisher:
                 (outcome,) = await publisher.publish([self._message(due.row)])
-        except BrokerError:
+        except BrokerError as exc:
+            self._log.warning("probe_failed", row=due.row.id, error=type(exc).__name__, reason=str(exc))
             return None
         if isinstance(outcome, Unknown):
             return Refused("unconfirmed", outcome.detail) if outcome.timed_out else None
         return outcome
 
-    async def _settle_probes(self) -> None:
-        if self._probing is None or not self._probing.done():
-            return
-        tried, self._probing = self._probing.result(), None
-        self._probed = set()
-        await self._settle(tried)
-        if any(outcome is not None for _, outcome in tried):
-            self._progress.careful_retry = False
-        await self._plan()
-        if any(outcome is None for _, outcome in tried) and self._due_at is not None:
-            self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
+    async def settle_probes(self) -> None:
+        """Write down what has been tried alone so far."""
+        tried, self._tried = self._tried, []
+        if tried:
+            await self._settle(tried)
+        if self._probing is not None and self._probing.done():
+            self._probing.result()
+            self._probing, self._probed = None, set()
+            await self._plan()
+        if any(outcome is None for _, outcome in tried):
+            self._due_at = max(self._due_at or 0.0, self._clock() + self._settings.retry_first_s)
 
     def _tell(self, event: str, parked: Parked, level: Literal["warning", "error"]) -> None:
         row = parked.row
@@ -200,7 +223,7 @@ def _heads_first(due: Sequence[Due]) -> tuple[list[Due], list[Due]]:
     seen: set[Aggregate] = set()
     heads: list[Due] = []
     behind: list[Due] = []
-    for d in due:
+    for d in {d.row.id: d for d in due}.values():
         (behind if d.row.aggregate in seen else heads).append(d)
         if d.row.aggregate is not None:
             seen.add(d.row.aggregate)

@@ -29,7 +29,8 @@ _LINGER_S = 0.05
 _BACKOFF_FIRST_S = 0.001
 _BACKOFF_LAST_S = 0.01
 """Delays between two looks while awake and idle: a look costs about 0.4 ms of PostgreSQL."""
-_UNCONFIRMED_TIMES = 2
+_HOPELESS = 3
+_FEW_ROWS = 10
 
 
 class Shard:
@@ -91,6 +92,8 @@ class Shard:
                     self._end_session(0)
                 await self._retry.step()
                 if self._over_parked_limit():
+                    if drain:
+                        break
                     await self._pause()
                     continue
                 page = await (following or self._read())
@@ -109,6 +112,7 @@ class Shard:
                 following = self._read_ahead(page)
                 await self._handle(page, following)
             await self._save()
+            await self._retry.settle_probes()
         finally:
             await self._retry.close()
             if following is not None:
@@ -164,16 +168,20 @@ class Shard:
         return outcomes
 
     def _give_up_unconfirmed(self, rows: Sequence[Row], outcomes: Sequence[Outcome | None]) -> Sequence[Outcome | None]:
-        """A row that was not confirmed in time while others were, twice: its queue hangs, not the broker. It is parked."""
-        late = {row.id for row, o in zip(rows, outcomes, strict=True) if isinstance(o, Unknown) and o.timed_out}
-        if not late or not any(isinstance(o, Confirmed) for o in outcomes):
-            return outcomes
-        times = {row_id: self._progress.unconfirmed.get(row_id, 0) + 1 for row_id in late}
-        self._progress.unconfirmed = times
-        hopeless = Refused("unconfirmed", "its queue did not confirm in time, while others did")
-        return [
-            hopeless if times.get(row.id, 0) >= _UNCONFIRMED_TIMES else o for row, o in zip(rows, outcomes, strict=True)
-        ]
+        """Park a row that is not confirmed in time, again and again: its queue hangs, not the broker.
+
+        That others were confirmed beside it is the evidence. A few rows alone in the rest of a window cannot have that, and
+        would hold up everything behind the window; a whole page that is late without it means that the broker is not well.
+        """
+        late = [row.id for row, o in zip(rows, outcomes, strict=True) if isinstance(o, Unknown) and o.timed_out]
+        witnessed = any(isinstance(o, Confirmed) for o in outcomes)
+        before = self._progress.unconfirmed
+        weight = 2 if witnessed else 1
+        scores = {i: before.get(i, 0) + weight for i in late if witnessed or i in before or len(late) <= _FEW_ROWS}
+        if late:
+            self._progress.unconfirmed = scores
+        hopeless = Refused("unconfirmed", "its queue did not confirm in time, several times")
+        return [hopeless if scores.get(row.id, 0) >= _HOPELESS else o for row, o in zip(rows, outcomes, strict=True)]
 
     async def _send(self, rows: Sequence[Row]) -> list[Outcome]:
         if not rows:

@@ -56,6 +56,13 @@ class Store:
             found[key] = found.get(key, 0) + r["parked"]
         return found
 
+    async def promote_headless(self) -> None:
+        """Let the first parked row of an aggregate be tried, where it waits for one that is not parked any more."""
+        with postgres_errors():
+            async with self._connection.transaction():
+                self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0))
+                await self._connection.execute(query("promote_headless"), self._shard)
+
     async def due(self) -> list[Due]:
         """A portion of the parked rows that may be tried now, by id: heads, each with some of the rows behind it."""
         rows_each = 1 if self._settings.order == "strict" else _RETRY_ROWS_EACH

@@ -101,12 +101,28 @@ class StockPublisher:
             self._end(BrokerUnavailable("publishing was cancelled"))
             await _discard(tasks)
             raise
+        blocked = bool(late) and self._is_blocked()
         if late:
             self._end(
                 BrokerUnavailable(f"{len(late)} messages were not confirmed within {self._confirm_timeout_s:g} s")
             )
             await _discard(list(late))
-        return [self._outcome(task, len(messages), late=task in late) for task in tasks]
+        return [self._outcome(task, len(messages), late=task in late and not blocked) for task in tasks]
+
+    def _is_blocked(self) -> bool:
+        """True while the broker has an alarm and takes nothing: then being late is no message's fault.
+
+        aiormq tells it only through `ready()`, which returns at once on a free connection and would wait on a blocked one.
+        """
+        if self._session.transport is None:
+            return False
+        ready = self._session.transport.connection.ready()
+        try:
+            ready.send(None)
+        except StopIteration:
+            return False
+        ready.close()
+        return True
 
     async def _publish_one(self, message: Message) -> Outcome:
         if (refused := _unsendable(message)) is not None:

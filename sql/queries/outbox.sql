@@ -178,6 +178,17 @@ WITH head AS (
 )
 SELECT aggregate_type, aggregate_id FROM head
 
+-- name: promote_headless
+-- The first parked row of an aggregate that waits, though nothing is parked before it: an operator took the head away.
+-- $1 shard
+WITH first AS (
+  SELECT DISTINCT ON (aggregate_id, aggregate_type) id, state FROM relay.outbox_parked
+  WHERE shard = $1 AND aggregate_id IS NOT NULL
+  ORDER BY aggregate_id, aggregate_type, seq
+)
+UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now()
+FROM first WHERE p.id = first.id AND first.state = 'waiting'
+
 -- name: lock_log
 -- Keeps every writer out of the log until the end of the transaction: for re-basing after a restore.
 LOCK TABLE relay.outbox IN SHARE ROW EXCLUSIVE MODE
@@ -191,7 +202,7 @@ UPDATE relay.outbox o
 SET xid = CASE WHEN o.id <= c.high_id AND o.created_at <= c.updated_at AND (
                       pg_visible_in_snapshot(o.xid, c.snapshot)
                       OR (c.window_snapshot IS NOT NULL AND o.id <= c.after_id AND pg_visible_in_snapshot(o.xid, c.window_snapshot)))
-                 OR o.id IN (SELECT p.id FROM relay.outbox_parked p)
+                 OR (o.created_at <= c.updated_at AND o.id IN (SELECT p.id FROM relay.outbox_parked p))
                THEN '3'::xid8 ELSE pg_current_xact_id() END
 FROM relay.outbox_cursor c
 WHERE c.shard = $1 AND o.shard = $1

@@ -96,8 +96,7 @@ async def test_pages_end_at_the_byte_limit_and_lose_nothing(database: str, broke
             await insert(db, "order/1", payload=json.dumps({"n": n, "fill": "x" * 90_000}))
         async with outbox_running(settings) as outbox:
             messages = await witness.wait_for(20)
-            progress = await shard_of(outbox)
-            assert progress.pages >= 7
+            await wait_until(await shard_of(outbox), lambda p: p.pages >= 7)
     assert [json.loads(m.body)["n"] for m in messages] == list(range(20))
 
 
@@ -418,3 +417,50 @@ async def test_a_queue_that_never_confirms_holds_only_its_own_aggregates(
         finally:
             rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
     assert witness.sequences()["order/1"] == list(range(1, 31))
+
+
+async def test_a_row_that_hangs_alone_in_the_rest_of_a_backlog_does_not_hold_up_what_came_later(
+    database: str, broker: str, rabbitmq: RabbitMQ
+) -> None:
+    settings = settings_for(
+        database, broker, outbox__confirm_timeout_s=0.5, outbox__page_rows=2, outbox__retry_first_s=300
+    )
+    async with audit(broker, "order.#") as witness, connected(database) as db:
+        hung = await witness.channel.declare_queue("hung", durable=True)
+        await hung.bind(witness.exchange, "hung.#")
+        vhost = broker.rpartition("/")[2]
+        process = f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"hung">>)), Pid = amqqueue:get_pid(Q)'
+        rabbitmq.ctl("eval", f"{process}, sys:suspend(Pid).")
+        try:
+            await insert(db, "order/1")
+            await insert(db, "hung/1")  # the last row of the backlog: nothing that is confirmed follows in its window
+            async with outbox_running(settings) as outbox:
+                await witness.wait_for_distinct(1)
+                await insert(db, "order/1", count=3)
+                await wait_until(await shard_of(outbox), lambda p: p.parked == 1)
+                await witness.wait_for_distinct(4)
+        finally:
+            rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
+
+
+async def test_a_stuck_row_that_an_operator_frees_is_tried_again_and_what_waits_behind_nothing_is_released(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.outbox.retry._RELOAD_S", 0.2)
+    settings = settings_for(database, broker, outbox__max_attempts=1)
+    async with audit(broker, "order.#") as witness, connected(database) as db, outbox_running(settings) as outbox:
+        progress = await shard_of(outbox)
+        await insert(db, "ghost/1", count=2)
+        await insert(db, "ghost/2", count=2)
+        await wait_until(progress, lambda p: p.parked == 4)
+        assert {p[3] for p in await parked(db)} == {"stuck", "waiting"}
+        await witness.queue.bind(witness.exchange, "ghost.#")
+        await db.execute(
+            "UPDATE relay.outbox_parked SET state = 'retrying', next_attempt_at = now() WHERE aggregate_id = '1' AND seq = 1"
+        )
+        await db.execute("DELETE FROM relay.outbox_parked WHERE aggregate_id = '2' AND seq = 1")
+        await witness.wait_for_distinct(3)
+        await wait_until(progress, lambda p: p.unparked == 3)
+        await insert(db, "ghost/2")
+        await witness.wait_for_distinct(4)
+    assert witness.sequences() == {"ghost/1": [1, 2], "ghost/2": [2, 3]}
