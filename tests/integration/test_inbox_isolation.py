@@ -439,6 +439,22 @@ async def test_of_two_that_wait_under_one_number_the_first_stays_and_one_goes_to
         assert [row[1:] for row in await b.held()] == [(2, "failed", "stuck"), (3, "early", "waiting")]
 
 
+async def test_a_message_that_waited_and_fails_when_it_is_delivered_again_has_failed(database: str) -> None:
+    """Its ack was lost; the copy arrives together with the missing predecessor, and its handler raises."""
+    inbox = recording()
+
+    @inbox.on("F")
+    async def fail(event: Event, tx: Connection) -> None:
+        raise ValueError
+
+    async with bench(database, inbox, max_attempts=1) as b:
+        early = b.arrival(2, event_type="F")
+        await b.apply(early)
+        assert [row[1:] for row in await b.held()] == [(2, "early", "waiting")]
+        await b.apply(b.arrival(1), b.arrival(2, event_type="F"))
+        assert [row[1:] for row in await b.held()] == [(2, "failed", "stuck")]
+
+
 def conflicts(logs: Sequence[Any]) -> list[tuple[int, str]]:
     found = [line for line in logs if line["event"] == "conflict"]
     assert all((line["log_level"], line["source"], line["aggregate"]) == ("error", "shop", "order/1") for line in found)
