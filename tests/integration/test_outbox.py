@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aio_pika
@@ -14,7 +16,7 @@ from relay.daemon import Outbox
 from relay.errors import BrokerRefused, ConfigError, PoolerError, SchemaError
 from relay.message import TOMBSTONE
 from relay.sandbox import RabbitMQ
-from tests.harness.audit import audit
+from tests.harness.audit import Audit, audit
 from tests.harness.outbox import (
     RelayProcess,
     connected,
@@ -379,6 +381,20 @@ async def test_drain_after_a_backlog_of_whole_pages_publishes_what_came_later(da
     assert witness.sequences(first_only=False) == {"order/1": list(range(1, 18))}
 
 
+@asynccontextmanager
+async def a_hanging_queue(witness: Audit, broker: str, rabbitmq: RabbitMQ) -> AsyncIterator[Callable[[], object]]:
+    """A queue bound to `hung.#` whose process takes nothing until the yielded function is called, or the end."""
+    hung = await witness.channel.declare_queue("hung", durable=True)
+    await hung.bind(witness.exchange, "hung.#")
+    name = f'rabbit_misc:r(<<"{broker.rpartition("/")[2]}">>, queue, <<"hung">>)'
+    process = f"{{ok, Q}} = rabbit_amqqueue:lookup({name}), Pid = amqqueue:get_pid(Q)"
+    rabbitmq.ctl("eval", f"{process}, sys:suspend(Pid).")
+    try:
+        yield lambda: rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
+    finally:
+        rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
+
+
 async def test_a_queue_that_never_confirms_holds_only_its_own_aggregates(
     database: str, broker: str, rabbitmq: RabbitMQ
 ) -> None:
@@ -386,12 +402,7 @@ async def test_a_queue_that_never_confirms_holds_only_its_own_aggregates(
         database, broker, outbox__confirm_timeout_s=1, outbox__retry_first_s=0.3, outbox__retry_max_s=0.3
     )
     async with audit(broker, "order.#") as witness, connected(database) as db:
-        hung = await witness.channel.declare_queue("hung", durable=True)
-        await hung.bind(witness.exchange, "hung.#")
-        vhost = broker.rpartition("/")[2]
-        process = f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"hung">>)), Pid = amqqueue:get_pid(Q)'
-        rabbitmq.ctl("eval", f"{process}, sys:suspend(Pid).")
-        try:
+        async with a_hanging_queue(witness, broker, rabbitmq) as resume:
             async with outbox_running(settings) as outbox:
                 progress = await shard_of(outbox)
                 await insert(db, "hung/1", count=2)
@@ -412,10 +423,8 @@ async def test_a_queue_that_never_confirms_holds_only_its_own_aggregates(
                 assert await db.fetchval("SELECT epoch FROM relay.outbox_cursor") == sessions, (
                     "a retry ended the session"
                 )
-                rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
+                resume()
                 await wait_until(progress, lambda p: p.unparked == 2)
-        finally:
-            rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
     assert witness.sequences()["order/1"] == list(range(1, 31))
 
 
@@ -426,12 +435,7 @@ async def test_a_row_that_hangs_alone_in_the_rest_of_a_backlog_does_not_hold_up_
         database, broker, outbox__confirm_timeout_s=0.5, outbox__page_rows=2, outbox__retry_first_s=300
     )
     async with audit(broker, "order.#") as witness, connected(database) as db:
-        hung = await witness.channel.declare_queue("hung", durable=True)
-        await hung.bind(witness.exchange, "hung.#")
-        vhost = broker.rpartition("/")[2]
-        process = f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"hung">>)), Pid = amqqueue:get_pid(Q)'
-        rabbitmq.ctl("eval", f"{process}, sys:suspend(Pid).")
-        try:
+        async with a_hanging_queue(witness, broker, rabbitmq):
             await insert(db, "order/1")
             await insert(db, "hung/1")  # the last row of the backlog: nothing that is confirmed follows in its window
             async with outbox_running(settings) as outbox:
@@ -439,8 +443,6 @@ async def test_a_row_that_hangs_alone_in_the_rest_of_a_backlog_does_not_hold_up_
                 await insert(db, "order/1", count=3)
                 await wait_until(await shard_of(outbox), lambda p: p.parked == 1)
                 await witness.wait_for_distinct(4)
-        finally:
-            rabbitmq.ctl("eval", f"{process}, sys:resume(Pid).")
 
 
 async def test_a_stuck_row_that_an_operator_frees_is_tried_again_and_what_waits_behind_nothing_is_released(
