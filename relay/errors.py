@@ -17,6 +17,8 @@
       InboxError
         HandlerError         a handler broke its contract (committed, lost its transaction)
       SandboxError           a throwaway server could not be started                       exit 7
+      NothingSelected        an operator's command found nothing that its filters select   exit 11
+      Declined               the person at the terminal said no                            exit 12
 
 A *retryable* error ends a session; the supervisor starts the next one after a back-off. What exits with 4 is retried
 only by a daemon that was running already (rights revoked, password rotated): at its start it ends the program.
@@ -134,3 +136,15 @@ class SandboxError(RelayError):
     """A throwaway server could not be found, started or stopped."""
 
     exit_code = 7
+
+
+class NothingSelected(RelayError):
+    """An operator's command found nothing that its filters select: nothing was changed."""
+
+    exit_code = 11
+
+
+class Declined(RelayError):
+    """The person at the terminal was asked and said no: nothing was changed."""
+
+    exit_code = 12

@@ -15,7 +15,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ _BROKERS_HEADERS = re.compile(r"x-(delivery-count|acquired-count|death|(first|la
 
 TOMBSTONE = "relay.tombstone"
 """Type of the message that takes the place of a skipped or purged event: same sequence number, no body."""
+
+_TOMBSTONE_CONTENT_TYPE = "application/octet-stream"
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Largest payload or body: the constraint `outbox_size_is_at_most_16_mib`; RabbitMQ 4's own default is the same."""
@@ -56,6 +58,7 @@ class Row:
     routing_key: str | None  # the row's own; None: by the template
     created_at: datetime
     body: bytes
+    is_tombstone: bool = False  # an operator skipped or purged it: its number is published, its content is not
 
     @property
     def aggregate(self) -> Aggregate | None:
@@ -162,7 +165,12 @@ def message_id(row: Row, source: str, digest: bytes) -> str:
 
 
 def to_message(row: Row, *, source: str, routing_key: str) -> Message:
-    """The message of a row. Total: whatever PostgreSQL accepted as a row has a message."""
+    """The message of a row. Total: whatever PostgreSQL accepted as a row has a message.
+
+    A tombstone goes where the event would have gone, under the same message id, without anything of its content.
+    """
+    if row.is_tombstone:
+        row = replace(row, event_type=TOMBSTONE, content_type=_TOMBSTONE_CONTENT_TYPE, headers={}, body=b"")
     digest = content_digest(row.event_type, row.content_type, row.body)
     headers: dict[str, Header] = dict(row.headers)
     headers[CONTENT_DIGEST] = _DIGEST_PREFIX + digest.hex()

@@ -161,7 +161,20 @@ class OutboxSettings(_Section):
         100_000,
         ge=1,
         le=1_000_000_000,
-        description="With more parked rows than this the shard pauses instead of hiding an outage in a table.",
+        description="With more parked rows than this the shard pauses instead of hiding an outage in a table. Rows that an operator paused do not count.",
+    )
+    retention_s: float = Field(
+        4 * 86400,
+        ge=0,
+        le=6 * 86400,
+        description="Published rows are kept at least this long, for replay and gap repair; then their slot of two days is emptied as a whole.",
+    )
+    repair: bool = Field(
+        True,
+        description="Answer inboxes that ask for what they miss, and publish marks of the newest numbers so that a lost last message is missed at all.",
+    )
+    repair_rate: int = Field(
+        2000, ge=1, le=1_000_000, description="Most rows a second that are sent again to inboxes that ask."
     )
 
     @field_validator("routing_key")
@@ -221,6 +234,25 @@ class InboxSettings(_Section):
     )
     seen_retention_s: float = Field(
         7 * 86400, ge=60, le=3650 * 86400, description="How long ids of messages without an aggregate are remembered."
+    )
+    start_from: Literal["beginning", "now"] = Field(
+        "beginning",
+        description="Where a new consumer starts: beginning (number 1 of every aggregate) or now (where `relay inbox seed` has put its cursors; it does not start before).",
+    )
+    gap_alert_after_s: float = Field(
+        5,
+        ge=0.1,
+        le=86400,
+        description="A number that is missing for longer than this is a gap: it is shown, logged, and asked for.",
+    )
+    repair: bool = Field(True, description="Ask the producer's relay for what is missing.")
+    mode: Literal["apply", "store"] = Field(
+        "apply",
+        description="apply: call handlers. store: write events, in order, into relay.inbox, where a service in any language takes them.",
+    )
+    functions: Mapping[str, str] = Field(
+        default_factory=dict,
+        description="SQL functions as handlers, by event type (`*`: all others): `OrderPaid=billing.order_paid` is called as `billing.order_paid(event relay.event)`.",
     )
 
     @model_validator(mode="after")

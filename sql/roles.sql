@@ -5,7 +5,7 @@ DO $$
 DECLARE
   role text;
 BEGIN
-  FOREACH role IN ARRAY ARRAY['relay_producer', 'relay_daemon', 'relay_consumer', 'relay_operator', 'relay_monitor'] LOOP
+  FOREACH role IN ARRAY ARRAY['relay_producer', 'relay_daemon', 'relay_consumer', 'relay_taker', 'relay_operator', 'relay_monitor'] LOOP
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = role) THEN
       BEGIN
         EXECUTE pg_catalog.format('CREATE ROLE %I NOLOGIN', role);
@@ -19,7 +19,7 @@ $$;
 
 REVOKE ALL ON ALL TABLES IN SCHEMA relay FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA relay FROM PUBLIC;
-GRANT USAGE ON SCHEMA relay TO relay_producer, relay_daemon, relay_consumer, relay_operator, relay_monitor;
+GRANT USAGE ON SCHEMA relay TO relay_producer, relay_daemon, relay_consumer, relay_taker, relay_operator, relay_monitor;
 
 -- A producer inserts events, and may read back the number its event got. It can neither read nor change anybody's events.
 GRANT INSERT (aggregate_type, aggregate_id, seq, event_type, payload, body, content_type, headers, routing_key)
@@ -34,6 +34,10 @@ GRANT UPDATE (xid, id), TRUNCATE ON relay.outbox TO relay_daemon;  -- xid: re-ba
 GRANT SELECT, UPDATE ON SEQUENCE relay.outbox_id_seq TO relay_daemon;  -- re-basing: new ids must follow the restored ones
 GRANT EXECUTE ON FUNCTION relay.headers_are_valid(jsonb) TO relay_daemon;  -- re-basing: an UPDATE evaluates the CHECK constraints
 GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;
+GRANT SELECT ON relay.outbox_pause, relay.outbox_tombstone TO relay_daemon;
+GRANT DELETE ON relay.outbox_tombstone TO relay_daemon;  -- of rows whose slot was emptied
+GRANT TRUNCATE ON relay.outbox_0, relay.outbox_1, relay.outbox_2, relay.outbox_3 TO relay_daemon;  -- retention empties one of them
+GRANT EXECUTE ON FUNCTION relay.outbox_is_read(xid8, bigint, relay.outbox_cursor) TO relay_daemon, relay_operator, relay_monitor;
 
 -- A consumer's inbox.
 GRANT SELECT ON relay.migration TO relay_consumer;
@@ -41,11 +45,35 @@ GRANT SELECT, INSERT, UPDATE ON relay.inbox_aggregate TO relay_consumer;
 GRANT SELECT, INSERT, UPDATE, DELETE ON relay.inbox_held TO relay_consumer;
 GRANT SELECT, INSERT, DELETE ON relay.inbox_seen TO relay_consumer;
 GRANT INSERT ON relay.inbox_quarantine TO relay_consumer;
+GRANT SELECT, INSERT, UPDATE, DELETE ON relay.inbox_gap TO relay_consumer;
+GRANT SELECT, INSERT, UPDATE ON relay.inbox_progress TO relay_consumer;
+GRANT SELECT ON relay.inbox_seed TO relay_consumer;
+GRANT INSERT ON relay.inbox TO relay_consumer;
 
--- Operators see everything; the acts they may do come with the operator commands. Monitors see everything but payloads.
+-- The service behind an inbox in store mode: it takes what the sidecar has stored, and can give it back.
+GRANT SELECT, UPDATE, DELETE ON relay.inbox TO relay_taker;
+
+-- Operators see everything and may do the acts of `relay`; every one of them is recorded, and no record can be changed.
 GRANT SELECT ON ALL TABLES IN SCHEMA relay TO relay_operator;
-GRANT SELECT ON relay.migration, relay.outbox_aggregate, relay.outbox_cursor, relay.outbox_parked, relay.inbox_aggregate TO relay_monitor;
+GRANT INSERT ON relay.audit, relay.audit_aggregate TO relay_operator;
+GRANT UPDATE (epoch) ON relay.outbox_cursor TO relay_operator;  -- for its row lock only: an act and a checkpoint exclude each other
+GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_operator;
+GRANT INSERT, DELETE ON relay.outbox_pause TO relay_operator;
+GRANT INSERT ON relay.outbox_tombstone TO relay_operator;
+GRANT INSERT, UPDATE ON relay.outbox_replay TO relay_operator;
+GRANT INSERT, UPDATE ON relay.inbox_aggregate, relay.inbox_seed TO relay_operator;
+GRANT INSERT, UPDATE, DELETE ON relay.inbox_held, relay.inbox_gap, relay.inbox TO relay_operator;
+GRANT DELETE ON relay.inbox_seen TO relay_operator;
+GRANT INSERT, UPDATE (dismissed_at) ON relay.inbox_quarantine TO relay_operator;
+
+-- Monitors see everything but payloads.
+GRANT SELECT ON relay.migration, relay.audit, relay.audit_aggregate, relay.outbox_aggregate, relay.outbox_cursor, relay.outbox_parked,
+  relay.outbox_pause, relay.outbox_tombstone, relay.outbox_replay, relay.inbox_aggregate, relay.inbox_gap, relay.inbox_progress,
+  relay.inbox_seed TO relay_monitor;
 GRANT SELECT (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, size, created_at) ON relay.outbox TO relay_monitor;
 GRANT SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, reason, state, attempts, held_at, next_attempt_at)
   ON relay.inbox_held TO relay_monitor;
-GRANT SELECT (id, consumer, reason, detail, message_id, exchange, routing_key, received_at) ON relay.inbox_quarantine TO relay_monitor;
+GRANT SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, stored_at, attempts, next_take_at)
+  ON relay.inbox TO relay_monitor;
+GRANT SELECT (id, consumer, reason, detail, message_id, exchange, routing_key, received_at, source, aggregate_type, aggregate_id, seq, dismissed_at)
+  ON relay.inbox_quarantine TO relay_monitor;

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aio_pika
 import aiormq.exceptions
-from aio_pika.abc import AbstractExchange
+from aio_pika.abc import AbstractChannel, AbstractExchange
 from pamqp.commands import Basic
 
 from relay.errors import BrokerUnavailable
@@ -44,20 +44,30 @@ class StockPublisher:
         self._lost: BaseException | None = None
 
     @classmethod
-    async def open(cls, settings: RabbitmqSettings, *, confirm_timeout_s: float, name: str) -> StockPublisher:
-        """Connect, open a confirm channel, see to the exchange. Raises BrokerRefused or BrokerUnavailable."""
+    async def open(
+        cls,
+        settings: RabbitmqSettings,
+        *,
+        confirm_timeout_s: float,
+        name: str,
+        target: Callable[[AbstractChannel, RabbitmqSettings], Awaitable[AbstractExchange]] = exchange,
+    ) -> StockPublisher:
+        """Connect, open a confirm channel, see to the exchange. Raises BrokerRefused or BrokerUnavailable.
+
+        `target` says which exchange: relay's own by default; `relay.rabbitmq.topology.queues` to publish to queues by name.
+        """
         session = await connect(settings, name=name)
         try:
             with broker_errors("opening a channel"):
                 async with asyncio.timeout(settings.connect_timeout_s):
                     # aio-pika's default would report a returned message as a success.
                     channel = await session.channel(publisher_confirms=True, on_return_raises=True)
-            target = await exchange(channel, settings)
+            publishing_to = await target(channel, settings)
             closing = (await channel.get_underlay_channel()).closing
         except BaseException:
             await close(session)
             raise
-        return cls(session, closing, target, confirm_timeout_s)
+        return cls(session, closing, publishing_to, confirm_timeout_s)
 
     @property
     def lost(self) -> BaseException | None:

@@ -36,3 +36,8 @@ async def exchange(channel: AbstractChannel, settings: RabbitmqSettings) -> Abst
                 reply_code=exc.reply_code,
             ) from exc
         raise
+
+
+async def queues(channel: AbstractChannel, _: RabbitmqSettings) -> AbstractExchange:
+    """The default exchange: a routing key is the name of the one queue that receives the message."""
+    return channel.default_exchange

@@ -24,7 +24,7 @@ SELECT version, name, checksum FROM relay.migration ORDER BY version
 INSERT INTO relay.migration (version, name, checksum) VALUES ($1, $2, $3)
 
 -- name: missing_roles
-SELECT rolname FROM unnest(ARRAY['relay_producer', 'relay_daemon', 'relay_consumer', 'relay_operator', 'relay_monitor']) AS rolname
+SELECT rolname FROM unnest(ARRAY['relay_producer', 'relay_daemon', 'relay_consumer', 'relay_taker', 'relay_operator', 'relay_monitor']) AS rolname
 WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = rolname.rolname)
 ORDER BY rolname
 

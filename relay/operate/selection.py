@@ -1,0 +1,80 @@
+"""Which rows an operator means: filters that are all to hold. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from relay.errors import ConfigError
+
+_LIKE = re.compile(r"([\\%_])")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Filters; None: any. An act on a selection without a filter is refused unless `everything` is set."""
+
+    aggregate: str | None = None  # `type/id`; `*` stands for any characters in either part
+    aggregate_type: str | None = None
+    event_type: str | None = None
+    cause: str | None = None  # the reason that `relay stuck` names: unroutable, nacked, failed, ...
+    state: str | None = None  # retrying, stuck, waiting, paused, ...
+    error: str | None = None  # text that the error contains, in any case of letters
+    older_than_s: float | None = None  # parked, held or inserted longer ago than so many seconds
+    since: datetime | None = None  # inserted at or after
+    until: datetime | None = None  # inserted before
+    from_seq: int | None = None
+    to_seq: int | None = None  # inclusive
+    ids: tuple[int, ...] | None = None  # row ids, as `relay list` and `relay stuck` show them
+    source: str | None = None  # inbox: of whose events
+    consumer: str | None = None  # inbox: of which consumer
+    everything: bool = False  # --all
+
+    @property
+    def is_bounded(self) -> bool:
+        """True when at least one filter narrows it. (A consumer alone does not: it is the whole of an inbox.)"""
+        return any(getattr(self, f.name) is not None for f in fields(self) if f.name not in ("everything", "consumer"))
+
+    def require_bounds(self) -> None:
+        """Raise ConfigError for an act on everything that was not asked for as such, and for `--all` beside a filter."""
+        if not self.is_bounded and not self.everything:
+            raise ConfigError(
+                "nothing is selected: name an aggregate (order/42) or a filter, or say --all for everything"
+            )
+        if self.is_bounded and self.everything:
+            raise ConfigError("--all means everything: leave it out, or leave out the filters")
+
+    def parts(self) -> tuple[str, str] | None:
+        """(aggregate type, aggregate id) as patterns for LIKE; None: no aggregate was given. Raises ConfigError for other texts."""
+        if self.aggregate is None:
+            return None
+        kind, slash, name = self.aggregate.partition("/")
+        if not slash or not kind or not name:
+            raise ConfigError(
+                f"{self.aggregate!r} does not name an aggregate: expected TYPE/ID, for example order/42 or order/4*"
+            )
+        return _like(kind), _like(name)
+
+    def exact(self) -> tuple[str, str] | None:
+        """(aggregate type, aggregate id) when exactly one aggregate was named, else None."""
+        if self.aggregate is None or "*" in self.aggregate:
+            return None
+        self.parts()
+        kind, _, name = self.aggregate.partition("/")
+        return kind, name
+
+    def as_json(self) -> dict[str, Any]:
+        """What was asked for, for the audit and for `--json`."""
+        told: dict[str, Any] = {"all": True} if self.everything else {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and f.name != "everything":
+                told[f.name] = value.isoformat() if isinstance(value, datetime) else value
+        return told
+
+
+def _like(text: str) -> str:
+    """The text as a LIKE pattern: `*` is any characters, everything else is itself."""
+    return _LIKE.sub(r"\\\1", text).replace("*", "%")

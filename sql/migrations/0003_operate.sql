@@ -1,0 +1,97 @@
+-- Operating both sides: who did what (audit), and on the outbox's side pauses, tombstones, replays, figures for `relay status`.
+
+-- What operators did. Only ever inserted into; written in the transaction of the act itself, so neither is there without the other.
+CREATE TABLE relay.audit (
+  id         bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  at         timestamptz NOT NULL DEFAULT now(),
+  who        text        NOT NULL,                       -- the person: user@host of the terminal, or what --who said
+  login      text        NOT NULL DEFAULT session_user,  -- the database role that did it
+  side       text        NOT NULL CONSTRAINT audit_side_is_known CHECK (side IN ('outbox', 'inbox')),
+  act        text        NOT NULL,                       -- retry, skip, purge, pause, resume, replay, reset, seed, dismiss
+  selection  jsonb       NOT NULL,                       -- what was asked for: the filters as given
+  why        text        NOT NULL DEFAULT '',
+  rows       bigint      NOT NULL CONSTRAINT audit_rows_count_up CHECK (rows >= 0)
+);
+CREATE INDEX audit_by_time ON relay.audit (at);
+
+-- Which aggregates an act touched, so that the story of one can be told. An act on everything has selection.all = true and no rows here.
+CREATE TABLE relay.audit_aggregate (
+  aggregate_type text   NOT NULL,
+  aggregate_id   text   NOT NULL,
+  audit_id       bigint NOT NULL REFERENCES relay.audit (id),
+  PRIMARY KEY (aggregate_id, aggregate_type, audit_id)
+);
+
+-- Look-ups by aggregate: show, replay, gap repair. What it costs producers is measured, see the README.
+CREATE INDEX outbox_by_aggregate ON relay.outbox (aggregate_id, aggregate_type, seq);
+
+-- Figures that the owner writes with its checkpoints, for `relay status`.
+ALTER TABLE relay.outbox_cursor
+  ADD COLUMN published     bigint NOT NULL DEFAULT 0,  -- messages confirmed since the first run; what was published again counts again
+  ADD COLUMN rate          real   NOT NULL DEFAULT 0,  -- of them per second, over the last seconds before updated_at
+  ADD COLUMN last_error    text,                       -- what ended the last session that failed
+  ADD COLUMN last_error_at timestamptz,
+  ADD CONSTRAINT outbox_cursor_published_counts_up CHECK (published >= 0 AND rate >= 0);
+
+-- True when a row has been published as far as the persisted cursor `c` of its shard knows (or has been parked: look there too).
+CREATE FUNCTION relay.outbox_is_read(xid xid8, id bigint, c relay.outbox_cursor) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+  SELECT pg_visible_in_snapshot($1, ($3).snapshot)
+      OR ($2 <= ($3).after_id AND ($3).window_snapshot IS NOT NULL AND pg_visible_in_snapshot($1, ($3).window_snapshot))
+$$;
+
+-- Rows that an operator took out of the sequence: whoever publishes them (again) publishes a tombstone with the same number.
+CREATE TABLE relay.outbox_tombstone (
+  id       bigint   PRIMARY KEY,  -- relay.outbox.id; the content stays in the log until its slot is emptied
+  shard    smallint NOT NULL,
+  act      text     NOT NULL CONSTRAINT outbox_tombstone_act_is_known CHECK (act IN ('skip', 'purge')),
+  audit_id bigint   NOT NULL REFERENCES relay.audit (id)
+);
+
+-- What must not be published for now: one aggregate, a type of aggregates, a type of events, or a whole shard.
+CREATE TABLE relay.outbox_pause (
+  id             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  scope          text        NOT NULL,
+  aggregate_type text,
+  aggregate_id   text,
+  event_type     text,
+  shard          smallint,
+  paused_at      timestamptz NOT NULL DEFAULT now(),
+  audit_id       bigint      NOT NULL REFERENCES relay.audit (id),
+  CONSTRAINT outbox_pause_scope_says_what CHECK (
+    CASE scope
+      WHEN 'aggregate'      THEN num_nonnulls(aggregate_type, aggregate_id) = 2 AND num_nonnulls(event_type, shard) = 0
+      WHEN 'aggregate_type' THEN aggregate_type IS NOT NULL AND num_nonnulls(aggregate_id, event_type, shard) = 0
+      WHEN 'event_type'     THEN event_type IS NOT NULL AND num_nonnulls(aggregate_type, aggregate_id, shard) = 0
+      WHEN 'shard'          THEN shard IS NOT NULL AND num_nonnulls(aggregate_type, aggregate_id, event_type) = 0
+      ELSE false
+    END)
+);
+CREATE UNIQUE INDEX outbox_pause_once ON relay.outbox_pause
+  (scope, coalesce(aggregate_type, ''), coalesce(aggregate_id, ''), coalesce(event_type, ''), coalesce(shard, 0));
+
+-- A parked row can also be one that is paused (state paused: until resumed), and a tombstone of what was published before.
+ALTER TABLE relay.outbox_parked
+  DROP CONSTRAINT outbox_parked_reason_is_known,
+  DROP CONSTRAINT outbox_parked_state_is_known,
+  ADD CONSTRAINT outbox_parked_reason_is_known
+    CHECK (reason IN ('unroutable', 'nacked', 'refused', 'too_large', 'unencodable', 'unconfirmed', 'behind', 'paused', 'tombstone')),
+  -- waiting: behind another row of its aggregate; retrying: tried again at next_attempt_at; stuck: waits for an operator;
+  -- paused: an operator's pause holds it, whatever its reason
+  ADD CONSTRAINT outbox_parked_state_is_known CHECK (state IN ('waiting', 'retrying', 'stuck', 'paused'));
+
+-- A replay from the retained log: where it got to, so that it can be resumed.
+CREATE TABLE relay.outbox_replay (
+  id         bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  audit_id   bigint      NOT NULL REFERENCES relay.audit (id),
+  selection  jsonb       NOT NULL,
+  to_queue   text,                            -- null: to everyone, through the exchange
+  after_id   bigint      NOT NULL DEFAULT 0,  -- all of the selection up to here has been sent and confirmed
+  last_id    bigint      NOT NULL,            -- nothing above it belongs to this replay: it was published later
+  total      bigint      NOT NULL,            -- rows of the selection when it began
+  sent       bigint      NOT NULL DEFAULT 0,
+  state      text        NOT NULL DEFAULT 'unfinished',
+  started_at timestamptz NOT NULL DEFAULT now(),
+  updated_at timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT outbox_replay_state_is_known CHECK (state IN ('unfinished', 'done', 'abandoned'))
+);
