@@ -37,7 +37,7 @@ GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;
 GRANT SELECT ON relay.outbox_pause, relay.outbox_tombstone TO relay_daemon;
 GRANT DELETE ON relay.outbox_tombstone TO relay_daemon;  -- of rows whose slot was emptied
 GRANT TRUNCATE ON relay.outbox_0, relay.outbox_1, relay.outbox_2, relay.outbox_3 TO relay_daemon;  -- retention empties one of them
-GRANT EXECUTE ON FUNCTION relay.outbox_is_read(xid8, bigint, relay.outbox_cursor) TO relay_daemon, relay_operator, relay_monitor;
+GRANT EXECUTE ON FUNCTION relay.outbox_is_read(xid8, bigint, pg_snapshot, pg_snapshot, bigint) TO relay_daemon, relay_operator, relay_monitor;
 
 -- A consumer's inbox.
 GRANT SELECT ON relay.migration TO relay_consumer;

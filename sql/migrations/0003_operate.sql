@@ -33,11 +33,10 @@ ALTER TABLE relay.outbox_cursor
   ADD COLUMN last_error_at timestamptz,
   ADD CONSTRAINT outbox_cursor_published_counts_up CHECK (published >= 0 AND rate >= 0);
 
--- True when a row has been published as far as the persisted cursor `c` of its shard knows (or has been parked: look there too).
-CREATE FUNCTION relay.outbox_is_read(xid xid8, id bigint, c relay.outbox_cursor) RETURNS boolean
+-- True when a row has been published as far as the persisted cursor of its shard knows (or has been parked: look there too).
+CREATE FUNCTION relay.outbox_is_read(xid xid8, id bigint, snapshot pg_snapshot, window_snapshot pg_snapshot, after_id bigint) RETURNS boolean
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-  SELECT pg_visible_in_snapshot($1, ($3).snapshot)
-      OR ($2 <= ($3).after_id AND ($3).window_snapshot IS NOT NULL AND pg_visible_in_snapshot($1, ($3).window_snapshot))
+  SELECT pg_visible_in_snapshot($1, $3) OR ($2 <= $5 AND $4 IS NOT NULL AND pg_visible_in_snapshot($1, $4))
 $$;
 
 -- Rows that an operator took out of the sequence: whoever publishes them (again) publishes a tombstone with the same number.

@@ -40,7 +40,7 @@ SELECT line FROM (
       || CASE WHEN a.attnotnull THEN ' not null' ELSE '' END
       || CASE WHEN a.attidentity <> '' THEN ' identity' WHEN a.atthasdef THEN ' default' ELSE '' END
   FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
-  WHERE c.relnamespace = to_regnamespace('relay') AND c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped
+  WHERE c.relnamespace = to_regnamespace('relay') AND c.relkind IN ('r', 'p', 'c') AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
   SELECT 'constraint relay.' || c.relname || '.' || k.conname
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
