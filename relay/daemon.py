@@ -25,6 +25,7 @@ from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
 from relay.rabbitmq.contract import Publisher
 from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.services import Service, beside
 from relay.settings import Settings
 from relay.supervisor import WRONG_AT_START, supervise, until_stopped
 
@@ -101,13 +102,22 @@ class Outbox:
                 return
             wakeup = Wakeup(lease, shard=shard)
             await wakeup.listen()
-            async with self._connection("reader", shard) as reading, self._publisher(shard) as publisher:
+            async with (
+                beside({} if drain else self._services(ownership, source), settings=self.settings.daemon, log=log),
+                self._connection("reader", shard) as reading,
+                self._publisher(shard) as publisher,
+            ):
                 pipeline = self._pipeline(ownership, reading, publisher, wakeup, source)
                 async with _waker(wakeup, self.stop, publisher):
                     self.parked = await pipeline.run(drain=drain)
         log.info(
             "drained" if drain else "stopped", shard=shard, published=self.progress[shard].published, parked=self.parked
         )
+
+    def _services(self, ownership: Ownership, source: str) -> dict[str, Service]:  # noqa: ARG002 - its services follow
+        """What the owner of a shard does beside publishing, by name: see relay.services."""
+        services: dict[str, Service] = {}
+        return services
 
     def _pipeline(
         self, ownership: Ownership, reading: Connection, publisher: Publisher, wakeup: Wakeup, source: str

@@ -1,0 +1,51 @@
+"""A service beside a pipeline: whatever it does, the pipeline does not notice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from relay.errors import PostgresUnavailable
+from relay.services import beside
+from relay.settings import DaemonSettings
+
+SETTINGS = DaemonSettings(backoff_first_s=0.001, backoff_max_s=0.001)
+
+
+@pytest.mark.parametrize("error", [PostgresUnavailable("gone"), ZeroDivisionError("a mistake")])
+async def test_a_service_that_fails_is_told_and_begins_again_and_the_pipeline_goes_on(error: Exception) -> None:
+    calls = 0
+    thrice = asyncio.Event()
+
+    async def service() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            thrice.set()
+            await asyncio.Event().wait()
+        raise error
+
+    with capture_logs() as told:
+        async with beside({"broken": service}, settings=SETTINGS, log=structlog.get_logger()):
+            async with asyncio.timeout(5):
+                await thrice.wait()
+    assert [(t["event"], t["service"], t["reason"]) for t in told] == [("service_failed", "broken", str(error))] * 2
+
+
+async def test_services_are_ended_with_what_they_run_beside() -> None:
+    ended = asyncio.Event()
+
+    async def service() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyError):
+        async with beside({"endless": service}, settings=SETTINGS, log=structlog.get_logger()):
+            await asyncio.sleep(0)
+            raise KeyError
+    assert ended.is_set()
