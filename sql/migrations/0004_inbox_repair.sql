@@ -1,6 +1,7 @@
 -- The inbox's side of operating and healing: gaps that are asked for, conflicts and skipped messages that are kept, figures for `relay status`.
 
 -- Aggregates of which something is missing: it exists (a held successor or the producer's mark says so) and has not come.
+-- A row is a gap that people should know of once `alerted_at` is set; until then its events may simply be on their way.
 CREATE TABLE relay.inbox_gap (
   consumer       text        NOT NULL,
   source         text        NOT NULL,
@@ -9,8 +10,11 @@ CREATE TABLE relay.inbox_gap (
   to_seq         bigint      NOT NULL,  -- everything after the cursor up to here exists; what of it is not held, is missing
   found_by       text        NOT NULL,
   noticed_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+  alerted_at     timestamptz,           -- when it was older than gap_alert_after_s and still missing, and was logged
   state          text        NOT NULL DEFAULT 'open',
-  asks           integer     NOT NULL DEFAULT 0,
+  asks           integer     NOT NULL DEFAULT 0,  -- how often its producer was asked since something of it last came
+  asked_from     bigint,                -- the first missing number when it was last asked for; of a stuck one, the first that is gone
+  asked_to       bigint,                -- the last number that was asked for: long gaps are asked for in portions
   next_ask_at    timestamptz,
   detail         text,
   PRIMARY KEY (aggregate_id, aggregate_type, source, consumer),
@@ -21,7 +25,7 @@ CREATE TABLE relay.inbox_gap (
   CONSTRAINT inbox_gap_counts_up CHECK (to_seq >= 1 AND asks >= 0)
 );
 CREATE INDEX inbox_gap_due ON relay.inbox_gap (consumer, next_ask_at) WHERE state = 'open';
-CREATE INDEX inbox_held_early ON relay.inbox_held (consumer, held_at) WHERE reason = 'early';
+CREATE INDEX inbox_held_early ON relay.inbox_held (consumer, held_at, id) WHERE reason = 'early';
 
 -- What an operator skipped or purged is kept here as well; the place in the sequence can be looked up.
 ALTER TABLE relay.inbox_quarantine
