@@ -7,7 +7,7 @@ import asyncio
 from aio_pika.abc import AbstractChannel, AbstractExchange, ExchangeType
 
 from relay.errors import BrokerRefused
-from relay.rabbitmq.session import broker_errors
+from relay.rabbitmq.session import broker_errors, close, connect
 from relay.settings import RabbitmqSettings
 
 PRECONDITION_FAILED = 406
@@ -41,3 +41,22 @@ async def exchange(channel: AbstractChannel, settings: RabbitmqSettings) -> Abst
 async def queues(channel: AbstractChannel, _: RabbitmqSettings) -> AbstractExchange:
     """The default exchange: a routing key is the name of the one queue that receives the message."""
     return channel.default_exchange
+
+
+async def require_queue(settings: RabbitmqSettings, name: str) -> None:
+    """Raise BrokerRefused unless the queue exists: looked for on a connection of its own, which a refusal would end."""
+    session = await connect(settings, name="relay, a look")
+    try:
+        with broker_errors(f"looking for the queue {name!r}"):
+            async with asyncio.timeout(settings.connect_timeout_s):
+                channel = await session.channel(publisher_confirms=False)
+                await (await channel.get_underlay_channel()).queue_declare(name, passive=True)
+    except BrokerRefused as exc:
+        if exc.reply_code == NOT_FOUND:
+            raise BrokerRefused(
+                f"the queue {name!r} does not exist on this broker: check its name, and the virtual host in rabbitmq.url",
+                reply_code=exc.reply_code,
+            ) from exc
+        raise
+    finally:
+        await close(session)
