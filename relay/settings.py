@@ -30,6 +30,9 @@ from pydantic import (
 
 from relay.errors import ConfigError
 
+_EXCHANGE_BYTES = 249
+"""AMQP's 255 less the `.marks` of the exchange beside it."""
+
 _QUEUE_BYTES = 250
 """AMQP's 255 less the `.dead` of the queue for dead letters."""
 
@@ -87,7 +90,7 @@ class RabbitmqSettings(_Section):
         SecretStr("amqp://guest:guest@127.0.0.1:5672/"),
         description="Where to connect: amqp://user:password@host:port/vhost, or amqps:// for TLS.",
     )
-    exchange: AmqpName = Field(
+    exchange: Annotated[str, AfterValidator(_at_most(_EXCHANGE_BYTES))] = Field(
         "relay.events", min_length=1, description="The topic exchange that events are published to."
     )
     declare_topology: bool = Field(

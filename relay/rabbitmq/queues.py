@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import structlog
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as Underlay
 
 from relay.errors import BrokerRefused
+from relay.rabbitmq.control_topology import marks_exchange, marks_exchange_name
 from relay.rabbitmq.session import Session, broker_errors
 from relay.rabbitmq.topology import NOT_FOUND, PRECONDITION_FAILED, exchange
 from relay.settings import RabbitmqSettings
+
+log = structlog.get_logger()
 
 DEAD_EXCHANGE = "relay.dead"
 """Where the broker puts a message that was delivered `delivery_limit` times: direct, routing key = name of the queue."""
@@ -23,6 +27,19 @@ _DEAD_DELIVERY_LIMIT = 1_000_000
 back must not lose them that way. (-1, for none, is refused by RabbitMQ 3.)"""
 
 _ACCESS_REFUSED = 403
+
+
+class Queue(Protocol):
+    """A queue that relay reads, and knows how to declare."""
+
+    @property
+    def name(self) -> str:
+        """Its name at the broker."""
+        ...
+
+    async def declare(self, channel: AbstractChannel, underlay: Underlay, settings: RabbitmqSettings) -> None:
+        """Declare it and what it needs. Raises BrokerRefused."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,21 +70,27 @@ class InboxQueue:
             "x-overflow": "reject-publish",
         }
 
+    async def declare(self, channel: AbstractChannel, underlay: Underlay, settings: RabbitmqSettings) -> None:
+        """The queue, its dead letters and its bindings. Raises BrokerRefused, which says what to do."""
+        await _declare(channel, underlay, settings, self)
 
-async def ensure_queue(connection: Session, settings: RabbitmqSettings, queue: InboxQueue) -> None:
-    """Declare the queue, its dead letters and its bindings; with `declare_topology` off, only look whether it exists.
 
-    Works on a channel of its own. Raises BrokerRefused, which says what to do, or BrokerUnavailable.
+async def ensure_queue(connection: Session, settings: RabbitmqSettings, queue: Queue) -> None:
+    """Declare the queue and what it needs; with `declare_topology` off, only look whether it exists.
+
+    Works on channels of its own. Raises BrokerRefused, which says what to do, or BrokerUnavailable.
     """
     with broker_errors(f"preparing the queue {queue.name!r}"):
         async with asyncio.timeout(settings.connect_timeout_s):
             channel = await connection.channel(publisher_confirms=False)
             underlay = await channel.get_underlay_channel()
             if settings.declare_topology:
-                await _declare(channel, underlay, settings, queue)
+                await queue.declare(channel, underlay, settings)
             else:
                 await _look(underlay, queue)
             await channel.close()
+    if settings.declare_topology and isinstance(queue, InboxQueue):
+        await _bind_marks(connection, settings, queue)
 
 
 async def _declare(channel: AbstractChannel, underlay: Underlay, settings: RabbitmqSettings, queue: InboxQueue) -> None:
@@ -87,7 +110,27 @@ async def _declare(channel: AbstractChannel, underlay: Underlay, settings: Rabbi
         await underlay.queue_bind(queue.name, settings.exchange, pattern)
 
 
-async def _look(underlay: Underlay, queue: InboxQueue) -> None:
+async def _bind_marks(connection: Session, settings: RabbitmqSettings, queue: InboxQueue) -> None:
+    """Marks arrive where the events do. Without them events are still consumed: a refusal is told, and no more than that."""
+    try:
+        with broker_errors(f"binding the queue {queue.name!r} to {marks_exchange_name(settings)!r}"):
+            async with asyncio.timeout(settings.connect_timeout_s):
+                channel = await connection.channel(publisher_confirms=False)
+                await marks_exchange(channel, settings)
+                underlay = await channel.get_underlay_channel()
+                for pattern in queue.bindings:
+                    await underlay.queue_bind(queue.name, marks_exchange_name(settings), pattern)
+                await channel.close()
+    except BrokerRefused as exc:
+        log.warning(
+            "marks_unavailable",
+            queue=queue.name,
+            reason=str(exc),
+            effect="an event that is lost without a successor is not missed until the next one of its aggregate",
+        )
+
+
+async def _look(underlay: Underlay, queue: Queue) -> None:
     await _explained(lambda: underlay.queue_declare(queue.name, passive=True), "queue", queue.name)
 
 

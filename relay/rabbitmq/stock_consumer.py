@@ -15,7 +15,7 @@ from aiormq.abc import AbstractChannel, DeliveredMessage
 
 from relay.errors import BrokerError, BrokerUnavailable
 from relay.message import Delivery
-from relay.rabbitmq.queues import InboxQueue, ensure_queue
+from relay.rabbitmq.queues import Queue, ensure_queue
 from relay.rabbitmq.session import CLOSE_TIMEOUT_S, Session, broker_errors, close, connect, translated, unreadable
 from relay.settings import RabbitmqSettings
 
@@ -42,7 +42,7 @@ class StockConsumer:
         channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
 
     @classmethod
-    async def open(cls, settings: RabbitmqSettings, queue: InboxQueue, *, prefetch: int, name: str) -> StockConsumer:
+    async def open(cls, settings: RabbitmqSettings, queue: Queue, *, prefetch: int, name: str) -> StockConsumer:
         """Connect, see to the queue, subscribe with the prefetch. Raises BrokerRefused or BrokerUnavailable."""
         session = await connect(settings, name=name)
         try:
