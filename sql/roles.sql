@@ -37,6 +37,7 @@ GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;
 GRANT SELECT ON relay.outbox_pause, relay.outbox_tombstone TO relay_daemon;
 GRANT DELETE ON relay.outbox_tombstone TO relay_daemon;  -- of rows whose slot was emptied
 GRANT TRUNCATE ON relay.outbox_0, relay.outbox_1, relay.outbox_2, relay.outbox_3 TO relay_daemon;  -- retention empties one of them
+GRANT EXECUTE ON FUNCTION relay.outbox_is_paused(text, text, text) TO relay_daemon, relay_operator, relay_monitor;
 GRANT EXECUTE ON FUNCTION relay.outbox_is_read(xid8, bigint, pg_snapshot, pg_snapshot, bigint) TO relay_daemon, relay_operator, relay_monitor;
 
 -- A consumer's inbox.
@@ -48,10 +49,12 @@ GRANT INSERT ON relay.inbox_quarantine TO relay_consumer;
 GRANT SELECT, INSERT, UPDATE, DELETE ON relay.inbox_gap TO relay_consumer;
 GRANT SELECT, INSERT, UPDATE ON relay.inbox_progress TO relay_consumer;
 GRANT SELECT ON relay.inbox_seed TO relay_consumer;
-GRANT INSERT ON relay.inbox TO relay_consumer;
+GRANT INSERT, SELECT (id, consumer, source, aggregate_type, aggregate_id, seq), UPDATE (leads) ON relay.inbox TO relay_consumer;
+GRANT EXECUTE ON FUNCTION relay.json_of(bytea) TO relay_consumer;  -- SQL functions get the body as jsonb as well
 
 -- The service behind an inbox in store mode: it takes what the sidecar has stored, and can give it back.
-GRANT SELECT, UPDATE, DELETE ON relay.inbox TO relay_taker;
+GRANT SELECT, DELETE, UPDATE (attempts, error, next_take_at, leads) ON relay.inbox TO relay_taker;
+GRANT EXECUTE ON FUNCTION relay.inbox_take(integer, text), relay.inbox_fail(bigint, text, interval), relay.json_of(bytea) TO relay_taker;
 
 -- Operators see everything and may do the acts of `relay`; every one of them is recorded, and no record can be changed.
 GRANT SELECT ON ALL TABLES IN SCHEMA relay TO relay_operator;
