@@ -1,0 +1,192 @@
+"""Answers inboxes that miss something: sends the rows again from the retained log, or says that they are gone.
+
+Runs beside the pipeline, on connections of its own. A request is acknowledged before it is answered: whatever becomes of
+the answer, an inbox that still misses something asks again, and no request can be the end of this service twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from relay.control import MAX_RANGES, Gone, Range, RepairRequest, gone_message, to_repair_request
+from relay.errors import BrokerRefused, BrokerUnavailable
+from relay.message import Delivery, Message, NotAnEvent, to_message
+from relay.outbox.resend import Place, Rate, Retained, by_size, portions
+from relay.postgres.connect import connection
+from relay.rabbitmq.contract import Confirmed, Consumer, Nacked, Publisher, Refused, Returned
+from relay.rabbitmq.control_topology import RepairQueue
+from relay.rabbitmq.stock_consumer import StockConsumer
+from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.rabbitmq.topology import queues
+from relay.settings import Settings
+
+log = structlog.get_logger()
+
+MAX_NUMBERS = 5000
+"""Numbers of one request that are looked at: nobody can keep the others waiting by asking for everything at once."""
+
+_PREFETCH = 10
+_AT_ONCE = 100
+"""Rows published in one go: the event loop is the pipeline's as well."""
+
+_LINGER_S = 30.0
+"""How long the connections for answering are kept after the last request."""
+
+_UNAVAILABLE_S = 60.0
+"""Time between two looks for a queue that this user may not declare."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answerer:
+    """What answering takes."""
+
+    retained: Retained
+    publisher: Publisher
+    rate: Rate
+
+
+class Ended(Exception):
+    """The asking queue takes nothing: the rest of the request is not worth sending."""
+
+
+class Repair:
+    """The service of one source. `run` is for relay.services: it ends only by an error or by being cancelled."""
+
+    def __init__(self, settings: Settings, *, source: str) -> None:
+        self._settings = settings
+        self._source = source
+        self._queue = RepairQueue(source=source)
+        self._told_unavailable = False
+        self.answered = 0  # requests
+        self.resent = 0  # rows
+
+    async def run(self) -> None:
+        """Answer requests. Raises BrokerError or PostgresError when a connection broke: to be run again."""
+        try:
+            consumer = await StockConsumer.open(
+                self._settings.rabbitmq, self._queue, prefetch=_PREFETCH, name=f"relay repair {self._source}"
+            )
+        except BrokerRefused as exc:
+            await self._go_without(exc)
+            return
+        try:
+            while True:
+                (delivery,) = await consumer.receive(1)
+                async with self._answerer() as answerer:
+                    await self._answer_all(consumer, delivery, answerer)
+        finally:
+            await consumer.close()
+
+    async def _go_without(self, refusal: BrokerRefused) -> None:
+        if not self._told_unavailable:
+            log.warning(
+                "repair_unavailable",
+                queue=self._queue.name,
+                reason=str(refusal),
+                effect="inboxes that miss something are not answered",
+            )
+        self._told_unavailable = True
+        await asyncio.sleep(_UNAVAILABLE_S)
+
+    async def _answer_all(self, consumer: Consumer, first: Delivery, answerer: _Answerer) -> None:
+        """The first request and those after it, until none has come for a while."""
+        delivery: Delivery | None = first
+        while delivery is not None:
+            await consumer.acknowledge(delivery.tag)
+            await self._answer(delivery, answerer)
+            self.answered += 1
+            delivery = await _next(consumer)
+
+    async def _answer(self, delivery: Delivery, answerer: _Answerer) -> None:
+        try:
+            request = to_repair_request(delivery)
+        except NotAnEvent as exc:
+            log.warning("repair_request_refused", reason=exc.reason, detail=exc.detail, size=len(delivery.body))
+            return
+        before = self.resent
+        outcome = "answered"
+        gone: list[Range] = []
+        try:
+            gone = await self._serve(request, answerer)
+        except Ended as exc:
+            outcome = str(exc)
+        log.info(
+            "repaired",
+            consumer=request.consumer,
+            queue=request.reply_to,
+            ranges=len(request.ranges),
+            sent=self.resent - before,
+            gone=sum(map(len, gone)),
+            outcome=outcome,
+        )
+
+    async def _serve(self, request: RepairRequest, answerer: _Answerer) -> list[Range]:
+        """Send what can be sent; return what could not, having said so."""
+        known, unknown = await answerer.retained.known(request.ranges, numbers=MAX_NUMBERS)
+        gone: list[Range] = []
+        for portion in portions(known):
+            survey = await answerer.retained.survey(portion)
+            for places in by_size(survey.sendable, _AT_ONCE):
+                await self._send(places, request.reply_to, answerer)
+            gone += survey.gone
+        await self._say_gone(Gone(source=self._source, reason="not_retained", ranges=tuple(gone)), request, answerer)
+        await self._say_gone(Gone(source=self._source, reason="unknown", ranges=tuple(unknown)), request, answerer)
+        return gone + unknown
+
+    async def _send(self, places: Sequence[Place], queue: str, answerer: _Answerer) -> None:
+        await answerer.rate.take(len(places))
+        rows = await answerer.retained.rows(places)
+        await _publish([to_message(row, source=self._source, routing_key=queue) for row in rows], answerer.publisher)
+        self.resent += len(rows)
+
+    async def _say_gone(self, gone: Gone, request: RepairRequest, answerer: _Answerer) -> None:
+        for start in range(0, len(gone.ranges), MAX_RANGES):
+            part = Gone(source=gone.source, reason=gone.reason, ranges=gone.ranges[start : start + MAX_RANGES])
+            message = gone_message(part, reply_to=request.reply_to, at=datetime.now(UTC))
+            await _publish([message], answerer.publisher)
+
+    @asynccontextmanager
+    async def _answerer(self) -> AsyncIterator[_Answerer]:
+        async with connection(self._settings.postgres, application="relay repair") as opened:
+            publisher = await StockPublisher.open(
+                self._settings.rabbitmq,
+                confirm_timeout_s=self._settings.outbox.confirm_timeout_s,
+                name=f"relay repair {self._source}, answers",
+                target=queues,
+            )
+            try:
+                yield _Answerer(Retained(opened), publisher, Rate(self._settings.outbox.repair_rate))
+            finally:
+                await publisher.close()
+
+
+async def _next(consumer: Consumer) -> Delivery | None:
+    """The next request, None if there is none for a while. Being cut short loses none: see the contract."""
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            (delivery,) = await consumer.receive(1)
+    except TimeoutError:
+        return None
+    return delivery
+
+
+async def _publish(messages: Sequence[Message], publisher: Publisher) -> None:
+    """Raises Ended when the queue takes nothing, BrokerUnavailable when the session is over."""
+    for message, outcome in zip(messages, await publisher.publish(messages), strict=True):
+        match outcome:
+            case Confirmed():
+                continue
+            case Returned():
+                raise Ended("the queue that asked does not exist")
+            case Nacked():
+                raise Ended("the queue that asked is full")
+            case Refused(reason, detail):
+                log.warning("repair_row_refused", message_id=message.message_id, reason=reason, detail=detail)
+            case _:
+                raise BrokerUnavailable(f"the session with RabbitMQ ended while answering: {publisher.lost}")
