@@ -14,6 +14,7 @@ from relay.cli.demo import demo
 from relay.cli.emit import emit
 from relay.cli.inbox import inbox
 from relay.cli.options import config_option, set_option, settings_from
+from relay.cli.replay import replay
 from relay.cli.signals import stop_on_signals
 from relay.daemon import Outbox
 from relay.errors import RelayError, SchemaError
@@ -127,6 +128,7 @@ cli.add_command(inbox)
 cli.add_command(emit)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(replay)
 
 
 def main() -> None:

@@ -1,0 +1,259 @@
+"""`relay replay`: send again what is retained, to one queue or to everyone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from relay.cli.filters import selecting
+from relay.cli.options import config_option, set_option, settings_from
+from relay.cli.replay_screen import (
+    count_as_json,
+    counted_lines,
+    missing_lines,
+    outcome_as_json,
+    outcome_lines,
+    progress,
+)
+from relay.cli.signals import stop_on_signals
+from relay.errors import ConfigError, Declined, NothingSelected
+from relay.log import printable
+from relay.operate.audit import Operator, person
+from relay.operate.replay import Sending, State, require_target
+from relay.operate.replays import Listed, Replay, abandon, begin, find_unfinished, listed, resume, source_of
+from relay.operate.retained import COUNT_PLANS, Count, Retained
+from relay.operate.selection import Selection
+from relay.postgres.connect import close, connect, connection
+from relay.postgres.migrate import require_current
+from relay.settings import Settings
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+NOT_ALL_SENT = 8
+"""Exit code of a replay that is done, of which some rows could not be sent as they are; the same as of `relay run --drain`."""
+
+_LISTED = 20
+
+
+@click.command()
+@config_option
+@set_option
+@selecting("outbox", without=("cause", "state", "error", "older_than"))
+@click.option("--all", "everything", is_flag=True, help="Everything that is retained, without a filter.")
+@click.option("--to-queue", metavar="QUEUE", help="Only into this queue. Default: to everyone, through the exchange.")
+@click.option("--rate", type=click.IntRange(1, 1_000_000), default=2000, show_default=True, help="Most rows a second.")
+@click.option("--ignore-backlog", is_flag=True, help="Do not wait while the relay is behind with new events.")
+@click.option("--dry-run", is_flag=True, help="Only count what would be sent.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--why", default="", help="Why, for relay.audit.")
+@click.option("--resume", is_flag=False, flag_value="newest", metavar="[N]", help="Go on with replay N (default: the newest that is unfinished).")  # fmt: skip
+@click.option("--abandon", "abandoned", type=click.IntRange(1), metavar="N", help="Give replay N up.")
+@click.option("--list", "listing", is_flag=True, help="Show the newest replays.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def replay(
+    config: Path | None,
+    assignments: tuple[str, ...],
+    *,
+    selection: Selection,
+    to_queue: str | None,
+    rate: int,
+    ignore_backlog: bool,
+    dry_run: bool,
+    yes: bool,
+    why: str,
+    resume: str | None,
+    abandoned: int | None,
+    listing: bool,
+    as_json: bool,
+) -> None:
+    """Send again what was published and is still retained (outbox.retention_s), with the same message ids.
+
+    An inbox drops what it has applied already. To let one consumer do everything again: relay inbox reset, then a replay
+    into its queue. What is paused, parked or not published yet is left out: it is still to come.
+
+    New events go first: while the relay is more than a second behind, the replay waits. Ctrl-C finishes the page in hand;
+    --resume goes on behind it, also after a crash: nothing is left out, at most one page is sent twice.
+
+    \b
+    relay replay order/42 --to-queue billing                 one aggregate, to one consumer
+    relay replay order/42 --seq 3-9                          some of its events, to everyone
+    relay replay --type order --since 2h --dry-run           how much is that?
+    relay replay --all --to-queue billing --rate 5000 --yes  everything that is retained
+    relay replay --resume                                    go on with the one that was interrupted
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
+    settings = settings_from(config, assignments)
+    modes = [name for name, on in (("--resume", resume), ("--abandon", abandoned), ("--list", listing)) if on]
+    if modes and (len(modes) > 1 or selection != Selection() or to_queue is not None or dry_run):
+        raise ConfigError(
+            f"{modes[0]} stands alone: leave out filters, --to-queue, --dry-run and {' '.join(modes[1:]) or 'the like'}"
+        )
+    operator = Operator(who=person(), why=why)
+    if listing:
+        asyncio.run(_list(settings, as_json=as_json))
+    elif abandoned is not None:
+        asyncio.run(_abandon(settings, abandoned, operator, yes=yes, as_json=as_json))
+    else:
+        if resume is None:
+            selection.require_bounds()
+            chosen = asyncio.run(
+                _begin(settings, selection, to_queue, operator, dry_run=dry_run, yes=yes, as_json=as_json)
+            )
+        else:
+            chosen = asyncio.run(_resume(settings, _number(resume), operator))
+        if chosen is not None:
+            _send(settings, chosen, rate=rate, live_first=not ignore_backlog, as_json=as_json)
+
+
+async def _begin(
+    settings: Settings,
+    selection: Selection,
+    to_queue: str | None,
+    operator: Operator,
+    *,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> Replay | None:
+    """Count, look for the target, ask, note. None: it was only a dry run."""
+    opened = await connect(settings.postgres, application="relay replay, counting", plans=COUNT_PLANS)
+    try:
+        await require_current(opened)
+        source = await source_of(opened, settings)
+        count = await Retained(opened).count(selection)
+        _require_rows(count, selection)
+        if dry_run:
+            _show_count(count, selection, source, to_queue, as_json=as_json)
+            return None
+        await require_target(settings, to_queue)
+        told = missing_lines(count.missing, selection) if yes else counted_lines(count, selection, source, to_queue)
+        for line in told:
+            click.echo(printable(line), err=True)
+        if not yes:
+            _ask("Send them again?")
+        return await begin(opened, selection=selection, count=count, to_queue=to_queue, operator=operator)
+    finally:
+        await close(opened)
+
+
+async def _resume(settings: Settings, number: int | None, operator: Operator) -> Replay:
+    async with connection(settings.postgres, application="relay replay, resuming") as opened:
+        await require_current(opened)
+        found = await find_unfinished(opened, number)
+        await require_target(settings, found.to_queue)
+        await resume(opened, found, operator=operator)
+        return found
+
+
+async def _abandon(settings: Settings, number: int, operator: Operator, *, yes: bool, as_json: bool) -> None:
+    async with connection(settings.postgres, application="relay replay, giving up") as opened:
+        await require_current(opened)
+        found = await find_unfinished(opened, number)
+        if not yes:
+            _ask(f"Replay {number} has sent {found.sent:,} of {found.total:,} rows. Give it up?")
+        await abandon(opened, found, operator=operator)
+    if as_json:
+        click.echo(json.dumps({"replay": number, "state": "abandoned", "sent": found.sent, "total": found.total}))
+    else:
+        click.echo(f"replay {number} is given up after {found.sent:,} of {found.total:,} rows")
+
+
+async def _list(settings: Settings, *, as_json: bool) -> None:
+    async with connection(settings.postgres, application="relay replay, listing") as opened:
+        await require_current(opened)
+        found = await listed(opened, rows=_LISTED)
+    if as_json:
+        click.echo(json.dumps([_listed_as_json(one) for one in found]))
+        return
+    if not found:
+        click.echo("there has been no replay")
+    for one in found:
+        click.echo(printable(_listed_line(one)))
+
+
+def _send(settings: Settings, chosen: Replay, *, rate: int, live_first: bool, as_json: bool) -> None:
+    state, interrupted, hint, seconds = asyncio.run(
+        _sent(settings, chosen, rate, live_first=live_first, silent=as_json)
+    )
+    if as_json:
+        click.echo(json.dumps(outcome_as_json(chosen, state, seconds)))
+    else:
+        for line in outcome_lines(chosen, state, seconds):
+            click.echo(printable(line))
+    if interrupted:
+        click.echo(f"relay: stopped. {hint}", err=True)
+        sys.exit(INTERRUPTED)
+    if state.not_sent_rows:
+        sys.exit(NOT_ALL_SENT)
+
+
+async def _sent(
+    settings: Settings, chosen: Replay, rate: int, *, live_first: bool, silent: bool
+) -> tuple[State, bool, str, float]:
+    """(how it ended, whether it was interrupted, the way on, seconds)."""
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    with stop_on_signals() as stop, progress(chosen, silent=silent) as tell:
+        sending = Sending(settings, chosen, rate=rate, live_first=live_first, stop=stop, tell=tell)
+        state = await sending.run()
+    return state, not state.done, sending.way_on(), clock() - started
+
+
+def _require_rows(count: Count, selection: Selection) -> None:
+    if count.rows:
+        return
+    asked = ", ".join(f"{name} {value}" for name, value in selection.as_json().items())
+    gone = " It is no longer retained." if count.missing else ""
+    raise NothingSelected(f"nothing that was published and is retained is selected ({asked}): nothing was sent.{gone}")
+
+
+def _show_count(count: Count, selection: Selection, source: str, to_queue: str | None, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(count_as_json(count, selection, source, to_queue)))
+        return
+    for line in [*counted_lines(count, selection, source, to_queue), "nothing was sent: it was a dry run"]:
+        click.echo(printable(line))
+
+
+def _ask(question: str) -> None:
+    if not click.confirm(question, err=True):
+        raise Declined("nothing was done")
+
+
+def _number(text: str) -> int | None:
+    if text == "newest":
+        return None
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise ConfigError(f"--resume {text}: expected the number of a replay, as relay replay --list shows it")
+    return int(text)
+
+
+def _listed_as_json(one: Listed) -> dict[str, Any]:
+    r = one.replay
+    return {
+        "replay": r.id,
+        "state": r.state,
+        "is_running": one.is_running,
+        "sent": r.sent,
+        "total": r.total,
+        "to_queue": r.to_queue,
+        "selection": r.selection.as_json(),
+        "started_at": r.started_at.isoformat(),
+        "updated_at": r.updated_at.isoformat(),
+        "who": one.who,
+        "why": one.why,
+    }
+
+
+def _listed_line(one: Listed) -> str:
+    r = one.replay
+    where = "to everyone" if r.to_queue is None else f"to the queue {r.to_queue}"
+    what = ", ".join(f"{name} {value}" for name, value in r.selection.as_json().items())
+    state = "being sent" if one.is_running else r.state
+    why = f": {one.why}" if one.why else ""
+    return f"replay {r.id}  {state}  {r.sent:,} of {r.total:,} rows  {where}  ({what})  {r.started_at:%Y-%m-%d %H:%M:%S} by {one.who}{why}"
