@@ -33,7 +33,7 @@ _BROKERS_HEADERS = re.compile(r"x-(delivery-count|acquired-count|death|(first|la
 TOMBSTONE = "relay.tombstone"
 """Type of the message that takes the place of a skipped or purged event: same sequence number, no body."""
 
-_TOMBSTONE_CONTENT_TYPE = "application/octet-stream"
+TOMBSTONE_CONTENT_TYPE = "application/octet-stream"
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Largest payload or body: the constraint `outbox_size_is_at_most_16_mib`; RabbitMQ 4's own default is the same."""
@@ -170,7 +170,7 @@ def to_message(row: Row, *, source: str, routing_key: str) -> Message:
     A tombstone goes where the event would have gone, under the same message id, without anything of its content.
     """
     if row.is_tombstone:
-        row = replace(row, event_type=TOMBSTONE, content_type=_TOMBSTONE_CONTENT_TYPE, headers={}, body=b"")
+        row = replace(row, event_type=TOMBSTONE, content_type=TOMBSTONE_CONTENT_TYPE, headers={}, body=b"")
     digest = content_digest(row.event_type, row.content_type, row.body)
     headers: dict[str, Header] = dict(row.headers)
     headers[CONTENT_DIGEST] = _DIGEST_PREFIX + digest.hex()

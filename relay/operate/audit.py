@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,15 +43,19 @@ async def record(
     selection: Selection,
     rows: int,
     aggregates: Iterable[Aggregate] = (),
+    also: Mapping[str, object] | None = None,
 ) -> int:
-    """Write the record of an act and return its id. Call it inside the transaction of the act."""
+    """Write the record of an act and return its id. Call it inside the transaction of the act.
+
+    `also`: what was asked for beside the filters, for example how far.
+    """
     touched = sorted(set(aggregates))
     audit_id: int = await connection.fetchval(
         query("record_act"),
         operator.who,
         side,
         act,
-        json.dumps(selection.as_json()),
+        json.dumps(selection.as_json() | dict(also or {})),
         operator.why,
         rows,
         [a[0] for a in touched],

@@ -10,13 +10,15 @@ from typing import Any
 from relay.errors import ConfigError
 
 _LIKE = re.compile(r"([\\%_])")
+_WILD = re.compile(r"(?<!\\)\*")
+"""An asterisk that stands for any characters; after a backslash it is an asterisk itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """Filters; None: any. An act on a selection without a filter is refused unless `everything` is set."""
 
-    aggregate: str | None = None  # `type/id`; `*` stands for any characters in either part
+    aggregate: str | None = None  # `type/id`; `*` stands for any characters in either part, `\*` for an asterisk
     aggregate_type: str | None = None
     event_type: str | None = None
     cause: str | None = None  # the reason that `relay stuck` names: unroutable, nacked, failed, ...
@@ -31,6 +33,13 @@ class Selection:
     source: str | None = None  # inbox: of whose events
     consumer: str | None = None  # inbox: of which consumer
     everything: bool = False  # --all
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a text that no row can contain, rather than let PostgreSQL refuse it."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str):
+                require_text(value, f.name)
 
     @property
     def is_bounded(self) -> bool:
@@ -59,10 +68,10 @@ class Selection:
 
     def exact(self) -> tuple[str, str] | None:
         """(aggregate type, aggregate id) when exactly one aggregate was named, else None."""
-        if self.aggregate is None or "*" in self.aggregate:
+        if self.aggregate is None or _WILD.search(self.aggregate):
             return None
         self.parts()
-        kind, _, name = self.aggregate.partition("/")
+        kind, _, name = self.aggregate.replace(r"\*", "*").partition("/")
         return kind, name
 
     def as_json(self) -> dict[str, Any]:
@@ -75,6 +84,22 @@ class Selection:
         return told
 
 
+def aggregate_text(aggregate_type: str, aggregate_id: str) -> str:
+    """`type/id` as it can be given back: it selects this aggregate and no other."""
+    return f"{aggregate_type}/{aggregate_id}".replace("*", r"\*")
+
+
+def require_text(value: str, name: str) -> None:
+    """Raise ConfigError for what PostgreSQL cannot store as text: NUL, bytes of the terminal that are not UTF-8."""
+    if "\0" in value or value != value.encode("utf-8", "replace").decode():
+        raise ConfigError(f"{name.replace('_', ' ')} {value[:60]!r} is not a text: it contains NUL, or is not UTF-8")
+
+
+def like(text: str) -> str:
+    """The text itself as a LIKE pattern."""
+    return _LIKE.sub(r"\\\1", text)
+
+
 def _like(text: str) -> str:
     """The text as a LIKE pattern: `*` is any characters, everything else is itself."""
-    return _LIKE.sub(r"\\\1", text).replace("*", "%")
+    return "%".join(like(part.replace(r"\*", "*")) for part in _WILD.split(text))

@@ -1,0 +1,219 @@
+"""How every command that changes something goes: count, ask, do, tell.
+
+@cli.command()
+@config_option
+@set_option
+@selecting("outbox", act=True)
+@acting
+def retry(config, assignments, *, selection: Selection, way: Way): ...
+    carry_out(settings_from(config, assignments), Retry(selection), way, consequence="...")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from relay.errors import ConfigError, Declined
+from relay.log import printable
+from relay.message import Aggregate
+from relay.operate.act import SAMPLE, Act, Done, Plan, counted, perform
+from relay.operate.audit import Operator, person
+from relay.operate.selection import aggregate_text, require_text
+from relay.postgres.connect import PLANS, Connection, close, connect
+from relay.postgres.migrate import require_current
+from relay.settings import PostgresSettings, Settings
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How an act is to be done: the options that all of them share."""
+
+    dry_run: bool = False
+    yes: bool = False
+    why: str = ""
+    who: str = ""
+    as_json: bool = False
+
+    @property
+    def operator(self) -> Operator:
+        """Who acts, and why. Raises ConfigError for what is not a text."""
+        for name, text in (("--why", self.why), ("--who", self.who)):
+            require_text(text, name)
+        return Operator(who=self.who or person(), why=self.why)
+
+
+Command = Callable[..., Any]
+
+
+def acting(command: Command) -> Command:
+    """The options that every act has, handed to the command as the keyword argument `way`."""
+
+    @functools.wraps(command)
+    def collect(*args: Any, dry_run: bool, yes: bool, why: str, who: str, as_json: bool, **kwargs: Any) -> Any:
+        way = Way(dry_run=dry_run, yes=yes, why=why, who=who, as_json=as_json)
+        return command(*args, way=way, **kwargs)
+
+    collected: Command = collect
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print a JSON object; the question goes to standard error."),
+        click.option("--who", default="", metavar="NAME", help="Who acts, for relay.audit. Default: user@host."),
+        click.option("--why", default="", metavar="TEXT", help="The reason, for relay.audit."),
+        click.option("--yes", "-y", is_flag=True, help="Do not ask."),
+        click.option("--dry-run", is_flag=True, help="Only count and show; change nothing."),
+    ):  # fmt: skip
+        collected = option(collected)
+    return collected
+
+
+def carry_out(settings: Settings, act: Act, way: Way, *, consequence: str, unit: str = "row") -> None:
+    """Count, show, ask, do, tell. `consequence`: what a yes means, in one sentence.
+
+    Raises NothingSelected, Declined after a no, ConfigError where nobody can be asked, and what PostgreSQL raises.
+    """
+    operator = way.operator
+    with session(settings.postgres, application=f"relay {act.name}") as (run, connection):
+        plan = run(act.plan(connection))
+        if way.dry_run or not plan.rows:
+            _tell(act, way, plan, None, unit)
+            return
+        ask(way, lambda: _show(act, plan, unit), consequence)
+        _tell(act, way, plan, run(perform(connection, act, plan, operator)), unit)
+
+
+def ask(way: Way, show: Callable[[], None], consequence: str) -> None:
+    """Show what would happen and ask, on standard error. Raises Declined, or ConfigError where there is nobody to ask."""
+    if way.yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            "nobody can be asked without a terminal: say --yes to do it, or --dry-run to see what it would do"
+        )
+    show()
+    try:
+        agreed = click.confirm(f"{consequence} Go on?", default=False, err=True)
+    except click.Abort:
+        click.echo(err=True)
+        agreed = False
+    if not agreed:
+        raise Declined("as you say: nothing was changed")
+
+
+class session:  # noqa: N801 - used as a context manager, like the functions beside it
+    """A connection, and a runner of coroutines on it, so that a person can think between two of them."""
+
+    def __init__(self, settings: PostgresSettings, *, application: str) -> None:
+        self._settings = settings
+        self._application = application
+        self._runner = asyncio.Runner()
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> tuple[Callable[[Any], Any], Connection]:
+        self._runner.__enter__()
+        try:
+            self._connection = self._runner.run(self._open())
+        except BaseException:
+            self._runner.close()
+            raise
+        return self._runner.run, self._connection
+
+    async def _open(self) -> Connection:
+        connection = await connect(self._settings, application=self._application, plans=PLANS)
+        try:
+            await require_current(connection)
+        except BaseException:
+            await close(connection)
+            raise
+        return connection
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._connection is not None:
+                self._runner.run(close(self._connection))
+        finally:
+            self._runner.close()
+        if kind is KeyboardInterrupt:
+            click.echo("relay: interrupted; what was being done was rolled back, unless relay.audit has it", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def _show(act: Act, plan: Plan, unit: str) -> None:
+    """Before the question."""
+    _say(f"{act.name}: {_amount(plan.rows, plan.touched, unit)} in {_place(act, plan)}{_sample(plan)}", err=True)
+    for note in plan.notes:
+        _say(f"  {note}", err=True)
+
+
+def _tell(act: Act, way: Way, plan: Plan, done: Done | None, unit: str) -> None:
+    """The end: what was done, or what would be."""
+    if way.as_json:
+        click.echo(json.dumps(as_json(act, plan, done, dry_run=way.dry_run)))
+        return
+    amount = _amount(plan.rows, plan.touched, unit) if done is None else _amount(done.rows, done.aggregates, unit)
+    place = _place(act, plan)
+    if done is None:
+        _say(
+            f"{act.name} would be done to {amount} in {place}{_sample(plan)}"
+            if plan.rows
+            else f"{act.name}: nothing to do"
+        )
+    else:
+        _say(
+            f"{act.name}: done to {amount} in {place} (audit {done.audit_id})"
+            if done.audit_id
+            else f"{act.name}: nothing to do"
+        )
+    for note in plan.notes if done is None else done.notes:
+        _say(f"  {note}")
+
+
+def as_json(act: Act, plan: Plan, done: Done | None, *, dry_run: bool) -> dict[str, Any]:
+    """What `--json` prints; a contract."""
+    return {
+        "act": act.name,
+        "side": act.side,
+        "consumer": plan.consumer,
+        "dry_run": dry_run,
+        "counted": plan.rows,
+        "rows": 0 if done is None else done.rows,
+        "aggregates": plan.touched if done is None else done.aggregates,
+        "sample": [aggregate_text(*a) for a in plan.aggregates[:SAMPLE]],
+        "notes": list(plan.notes if done is None else done.notes),
+        "audit_id": None if done is None else done.audit_id,
+    }
+
+
+def _amount(rows: int, aggregates: int, unit: str) -> str:
+    many = counted(rows, unit)
+    return f"{many} of {counted(aggregates, 'aggregate')}" if aggregates else many
+
+
+def _place(act: Act, plan: Plan) -> str:
+    return "the outbox" if act.side == "outbox" else f"the inbox of consumer {plan.consumer}"
+
+
+def _sample(plan: Plan) -> str:
+    shown: list[Aggregate] = list(plan.aggregates[:SAMPLE])
+    if not shown:
+        return ""
+    more = plan.touched - len(shown)
+    return f": {', '.join(short(aggregate_text(*a)) for a in shown)}{f' and {more:,} more' if more > 0 else ''}"
+
+
+def short(text: str, length: int = 60) -> str:
+    """A text that fits on a line; what was cut off shows."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    click.echo(printable(text), err=err)

@@ -1,0 +1,253 @@
+"""Acts on what an inbox holds: try it again, skip what failed, purge all that waits, dismiss what is in the quarantine.
+
+A skipped or purged message leaves a tombstone in its place, so that the inbox's own path advances the cursor; its content goes
+to relay.inbox_quarantine. In store mode the same is done to what a taker gave back. An act is on one consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import asyncpg
+
+from relay.errors import ConfigError
+from relay.message import TOMBSTONE, TOMBSTONE_CONTENT_TYPE, content_digest
+from relay.operate.act import (
+    Act,
+    Done,
+    Plan,
+    aggregates_of,
+    counted,
+    error_pattern,
+    nothing,
+    place_filters,
+)
+from relay.operate.audit import Operator, Side
+from relay.operate.selection import Selection
+from relay.postgres.connect import Connection
+from relay.postgres.errors import postgres_errors
+from relay.postgres.queries import query
+
+
+class InboxAct(Act):
+    """An act on one consumer's inbox, which the selection names once it is known."""
+
+    side: ClassVar[Side] = "inbox"
+
+    async def choose_consumer(self, connection: Connection) -> str:
+        """The consumer that was named, or the only one that there is. Raises ConfigError when there are several."""
+        consumer = await the_consumer(connection, self.selection)
+        self.selection = replace(self.selection, consumer=consumer)
+        return consumer
+
+
+class Retry(InboxAct):
+    """What failed is tried again now. Attempts are kept: one that fails once more is stuck again."""
+
+    name = "retry"
+
+    async def plan(self, connection: Connection) -> Plan:
+        """Messages whose handler failed; in store mode those that their taker gave back."""
+        return await _plan_failed(connection, self)
+
+    async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
+        """Due now."""
+        await connection.execute(query("lock_cursors_of_held"), plan.consumer, plan.ids)
+        held = await connection.fetch(query("retry_held"), plan.consumer, plan.ids)
+        stored = await connection.fetch(query("retry_given_back"), plan.consumer, plan.stored_ids)
+        return await _finish(connection, self, plan, operator, [*held, *stored], "the inbox tries them now")
+
+
+class Skip(InboxAct):
+    """What failed is set aside, and its aggregate goes on behind it."""
+
+    name = "skip"
+
+    async def plan(self, connection: Connection) -> Plan:
+        """The same messages as for a retry."""
+        return await _plan_failed(connection, self)
+
+    async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
+        """Tombstones in their places."""
+        rows = await _bury(connection, plan, operator, "skipped", lines=False)
+        return await _finish(connection, self, plan, operator, rows, _GOES_ON)
+
+
+class Purge(InboxAct):
+    """All that is held of the selection is set aside. What is missing in between is still waited for."""
+
+    name = "purge"
+
+    async def plan(self, connection: Connection) -> Plan:
+        """Whole lines: the first held messages that the filters describe, and all that waits behind them."""
+        consumer = await self.choose_consumer(connection)
+        held = await _held(connection, self.selection, consumer, lines=True)
+        stored = await _given_back(connection, self.selection, consumer)
+        _refuse_mixed(self.selection, held, stored)
+        if not held and not stored:
+            raise nothing(self.selection, f"nothing that consumer {consumer} holds is selected")
+        gaps = sum(1 for r in held if r["is_head"] and r["head_reason"] == "early")
+        note = (
+            f"{counted(gaps, 'aggregate')} of these still miss numbers before what is held: a purge does not fill a gap, `relay inbox"
+            " skip TYPE/ID --through N` passes over it"
+        )
+        return _plan(held, stored, consumer, [note] if gaps else [])
+
+    async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
+        """Tombstones in their places."""
+        rows = await _bury(connection, plan, operator, "purged", lines=True)
+        return await _finish(connection, self, plan, operator, rows, _GOES_ON)
+
+
+class Dismiss(InboxAct):
+    """Entries of the quarantine do not count as problems any more; they stay."""
+
+    name = "dismiss"
+
+    async def plan(self, connection: Connection) -> Plan:
+        """Those that nobody has dismissed."""
+        consumer = await self.choose_consumer(connection)
+        selection = self.selection
+        filters: list[Any] = [
+            *place_filters(selection),
+            selection.cause,
+            error_pattern(selection),
+            selection.older_than_s,
+            selection.event_type,
+            selection.since,
+            selection.until,
+            selection.from_seq,
+            selection.to_seq,
+            selection.ids,
+            selection.source,
+            consumer,
+        ]
+        with postgres_errors():
+            found = await connection.fetch(query("select_quarantined"), *filters)
+        if not found:
+            raise nothing(selection, f"nothing in the quarantine of consumer {consumer} is selected")
+        return _plan(found, [], consumer)
+
+    async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
+        """Only the mark: the daemon does not look at the quarantine."""
+        rows = await connection.fetch(query("dismiss_quarantined"), plan.consumer, plan.ids)
+        return await _finish(connection, self, plan, operator, rows, "they stay in relay.inbox_quarantine")
+
+
+async def the_consumer(connection: Connection, selection: Selection) -> str:
+    """The one consumer that an act is on: the one that was named, or the only one that there is. Raises ConfigError."""
+    if selection.consumer is not None:
+        return selection.consumer
+    with postgres_errors():
+        found = [r["consumer"] for r in await connection.fetch(query("known_consumers"))]
+        if not found:
+            found = [r["consumer"] for r in await connection.fetch(query("consumers_with_cursors"))]
+    if len(found) > 1:
+        raise ConfigError(
+            f"several consumers keep their inbox in this database ({', '.join(found)}), and an act is on one of them: say --consumer NAME"
+        )
+    if not found:
+        raise nothing(selection, "no consumer has its inbox in this database", "Is this postgres.dsn the consumer's?")
+    name: str = found[0]
+    return name
+
+
+_GOES_ON = (
+    "the inbox passes over them now, and goes on with what waited behind; their content is in relay.inbox_quarantine"
+)
+
+
+async def _plan_failed(connection: Connection, act: InboxAct) -> Plan:
+    consumer = await act.choose_consumer(connection)
+    selection = act.selection
+    held = await _held(connection, selection, consumer, lines=False)
+    stored = await _given_back(connection, selection, consumer)
+    _refuse_mixed(selection, held, stored)
+    if not held and not stored:
+        raise nothing(
+            selection,
+            f"nothing that failed at consumer {consumer} is selected",
+            "What waits for a missing number has not failed: see `relay inbox gaps`.",
+        )
+    return _plan(held, stored, consumer)
+
+
+def _refuse_mixed(selection: Selection, held: Sequence[object], stored: Sequence[object]) -> None:
+    """Ids of held and of stored messages are counted apart: one number can name two of them."""
+    if selection.ids and held and stored:
+        raise ConfigError("--id names a held and a stored message: say which with --cause failed or --cause taken")
+
+
+def _plan(
+    held: Sequence[asyncpg.Record], stored: Sequence[asyncpg.Record], consumer: str, notes: Sequence[str] = ()
+) -> Plan:
+    return Plan(
+        rows=len(held) + len(stored),
+        aggregates=aggregates_of([*held, *stored]),
+        ids=[r["id"] for r in held],
+        stored_ids=[r["id"] for r in stored],
+        consumer=consumer,
+        notes=notes,
+    )
+
+
+def _filters(selection: Selection, consumer: str) -> list[Any]:
+    return [
+        *place_filters(selection),
+        selection.cause,
+        selection.state,
+        error_pattern(selection),
+        selection.older_than_s,
+        selection.event_type,
+        selection.since,
+        selection.until,
+        selection.from_seq,
+        selection.to_seq,
+        selection.ids,
+        selection.source,
+        consumer,
+    ]
+
+
+async def _held(connection: Connection, selection: Selection, consumer: str, *, lines: bool) -> list[asyncpg.Record]:
+    with postgres_errors():
+        return await connection.fetch(query("select_held"), *_filters(selection, consumer), lines)
+
+
+async def _given_back(connection: Connection, selection: Selection, consumer: str) -> list[asyncpg.Record]:
+    with postgres_errors():
+        return await connection.fetch(query("select_given_back"), *_filters(selection, consumer))
+
+
+async def _bury(
+    connection: Connection, plan: Plan, operator: Operator, reason: Literal["skipped", "purged"], *, lines: bool
+) -> list[asyncpg.Record]:
+    detail = set_aside_by(operator, reason)
+    await connection.execute(query("lock_cursors_of_held"), plan.consumer, plan.ids)
+    digest = content_digest(TOMBSTONE, TOMBSTONE_CONTENT_TYPE, b"")
+    held = await connection.fetch(
+        query("bury_held"), plan.consumer, plan.ids, lines, reason, detail, TOMBSTONE, TOMBSTONE_CONTENT_TYPE, digest
+    )
+    stored = await connection.fetch(query("set_given_back_aside"), plan.consumer, plan.stored_ids, reason, detail)
+    return [*held, *stored]
+
+
+def set_aside_by(operator: Operator, reason: str) -> str:
+    """What the quarantine says of a message that an operator set aside."""
+    return f"{reason} by {operator.who}{f': {operator.why}' if operator.why else ''}"
+
+
+async def _finish(
+    connection: Connection, act: InboxAct, plan: Plan, operator: Operator, rows: Sequence[asyncpg.Record], next_: str
+) -> Done:
+    """The record, and the hint to the daemon. What is not there any more was applied, or taken, meanwhile."""
+    if not rows:
+        raise nothing(act.selection, f"all {counted(plan.rows, 'message')} went through meanwhile")
+    aggregates = aggregates_of(rows)
+    audit_id = await act.record(connection, operator, len(rows), aggregates)
+    await connection.execute(query("notify_inbox"), plan.consumer)
+    gone = plan.rows - len(rows)
+    notes = [f"{counted(gone, 'message')} went through meanwhile"] if gone else []
+    return Done(rows=len(rows), aggregates=len(aggregates), audit_id=audit_id, notes=[*notes, next_])
