@@ -40,6 +40,9 @@ MARKS = "relay.marks"
 MAX_RANGES = 500
 """Ranges in one request or answer."""
 
+MAX_NUMBERS = 5000
+"""Numbers of one request that a relay looks at: nobody keeps the others waiting by asking for everything at once."""
+
 MAX_MARKS = 500
 
 MAX_CONTROL_BYTES = 4 * 1024 * 1024

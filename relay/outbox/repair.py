@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from relay.control import MAX_RANGES, Gone, Range, RepairRequest, gone_message, to_repair_request
+from relay.control import MAX_NUMBERS, MAX_RANGES, Gone, Range, RepairRequest, gone_message, to_repair_request
 from relay.errors import BrokerRefused, BrokerUnavailable
 from relay.message import Delivery, Message, NotAnEvent, to_message
 from relay.outbox.resend import Place, Rate, Retained, by_size, portions
@@ -27,9 +27,6 @@ from relay.rabbitmq.topology import queues
 from relay.settings import Settings
 
 log = structlog.get_logger()
-
-MAX_NUMBERS = 5000
-"""Numbers of one request that are looked at: nobody can keep the others waiting by asking for everything at once."""
 
 _PREFETCH = 10
 _AT_ONCE = 100

@@ -79,9 +79,11 @@ async def close(connection: Connection) -> None:
 
 
 @asynccontextmanager
-async def connection(settings: PostgresSettings, *, application: str) -> AsyncIterator[Connection]:
+async def connection(
+    settings: PostgresSettings, *, application: str, plans: Mapping[str, str] = READER_PLANS
+) -> AsyncIterator[Connection]:
     """`connect`, closed at the end."""
-    opened = await connect(settings, application=application)
+    opened = await connect(settings, application=application, plans=plans)
     try:
         yield opened
     finally:

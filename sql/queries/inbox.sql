@@ -198,12 +198,22 @@ DELETE FROM relay.inbox_held WHERE id = ANY ($1::bigint[])
 INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers,
                               body, digest, occurred_at, reason, state, attempts, error, next_attempt_at)
 SELECT $1, h.source, h.aggregate_type, h.aggregate_id, h.seq, h.message_id, h.event_type, h.content_type, h.headers::jsonb,
-       h.body, h.digest, h.occurred_at, h.reason, h.state, h.attempts, h.error,
+       h.body, h.digest, h.occurred_at,
+       -- behind: its predecessor is held, here or already; one that is behind a hole is early, or the hole would not be missed
+       CASE WHEN h.reason = 'behind' AND h.state = 'waiting' AND h.before IS DISTINCT FROM h.seq - 1
+             AND NOT EXISTS (SELECT FROM relay.inbox_held b
+                             WHERE b.aggregate_id = h.aggregate_id AND b.aggregate_type = h.aggregate_type AND b.source = h.source
+                               AND b.consumer = $1 AND b.seq = h.seq - 1)
+            THEN 'early' ELSE h.reason END,
+       h.state, h.attempts, h.error,
        clock_timestamp() + make_interval(secs => h.delay)
-FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[], $10::bytea[],
-            $11::bytea[], $12::timestamptz[], $13::text[], $14::text[], $15::integer[], $16::text[], $17::double precision[])
-  AS h (source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers, body, digest, occurred_at,
-        reason, state, attempts, error, delay)
+FROM (
+  SELECT u.*, lag(u.seq) OVER (PARTITION BY u.aggregate_id, u.aggregate_type, u.source ORDER BY u.seq) AS before
+  FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[], $10::bytea[],
+              $11::bytea[], $12::timestamptz[], $13::text[], $14::text[], $15::integer[], $16::text[], $17::double precision[])
+    AS u (source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers, body, digest, occurred_at,
+          reason, state, attempts, error, delay)
+) AS h
 ON CONFLICT DO NOTHING
 RETURNING source, aggregate_type, aggregate_id, seq, message_id
 

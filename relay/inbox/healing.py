@@ -1,0 +1,198 @@
+"""Looks for what is missing and asks for it, beside the pipeline: find -> close -> claim -> ask -> write down.
+
+Has connections of its own, so that nothing that happens here can end or slow the applying of events. Asks no more than
+the answers can follow: what was asked for has to come, or its time to pass, before much more is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from relay.control import Range
+from relay.inbox import gaps
+from relay.inbox.asking import Asker
+from relay.inbox.gaps import Asked, Gap, Need, Told
+from relay.inbox.sequencer import Key, Policy
+from relay.postgres.connect import PLANS, Connection, connection
+from relay.postgres.errors import postgres_errors
+from relay.settings import Settings
+from relay.supervisor import wait_for
+
+log = structlog.get_logger()
+
+LOOK_INTERVAL_S = 10.0
+"""Longest time between two looks: a consumer that is gone may have left something."""
+
+_BUSY_INTERVAL_S = 1.0
+"""Time between two looks while something is missing."""
+
+_WINDOW = 10_000
+"""Numbers asked for and not come yet, at most: as many as a relay sends in a few seconds."""
+
+_CLAIM = 500
+_SLOWEST = 1000.0
+"""Numbers a second that a relay sends again at least: those that were asked for before come first."""
+
+_OFF_DELAY_S = 60.0
+_LOGGED = 20
+"""Gaps told by name after one look; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    """What was asked for of one gap."""
+
+    numbers: int
+    until: float  # by the event loop's clock: after it, it does not keep others from being asked for
+
+
+class Healing:
+    """The service of one consumer. `run` is for relay.services: it ends only by an error or by being cancelled."""
+
+    def __init__(self, settings: Settings, *, consumer: str, queue: str, policy: Callable[[str], Policy]) -> None:
+        self._settings = settings
+        self._consumer = consumer
+        self._queue = queue
+        self._policy = policy
+        self._alert_s = settings.inbox.gap_alert_after_s
+        self._clock = asyncio.get_running_loop().time
+        self._early = gaps.EarlyWalk(consumer, alert_s=self._alert_s)
+        self._walk = gaps.GapWalk(consumer)
+        self._outstanding: dict[Key, _Outstanding] = {}
+        self._look_at = 0.0
+        self._sooner = asyncio.Event()
+
+    def expect(self) -> None:
+        """Something came early, or was announced: look when it has become old enough to be missed."""
+        at = self._clock() + self._alert_s + 0.05
+        if at < self._look_at:
+            self._look_at = at
+            self._sooner.set()
+
+    async def run(self) -> None:
+        """Look, ask, and rest in between. Raises PostgresError when the connection broke: to be run again."""
+        asker = Asker(self._settings, consumer=self._consumer, queue=self._queue)
+        try:
+            async with connection(
+                self._settings.postgres, application=f"relay gaps {self._consumer}", plans=PLANS
+            ) as opened:
+                while True:
+                    busy = await self._look(opened, asker)
+                    if not busy:
+                        await asker.rest()
+                    due_s = await gaps.next_s(opened, self._consumer)
+                    await self._rest(min(_BUSY_INTERVAL_S, self._alert_s) if busy else LOOK_INTERVAL_S, due_s)
+        finally:
+            await asker.close()
+
+    async def _look(self, opened: Connection, asker: Asker) -> bool:
+        """One look. True when there will be something to do soon."""
+        noted = await self._early.step(opened)
+        settled = await self._settle(opened, {*self._outstanding, *await self._walk.step(opened)})
+        asked = await self._ask(opened, asker)
+        return bool(noted or settled or asked or self._outstanding) or not self._early.is_over
+
+    async def _settle(self, opened: Connection, keys: set[Key]) -> int:
+        """Close what is complete, let go on what was waited for; return how many that were."""
+        known = await self._states(opened, keys)
+        closing = [gap for gap in known if gap.need is Need.CLOSE]
+        due = [gap for gap in known if gap.need is Need.ASK]
+        self._tell_closed(await gaps.close(opened, self._consumer, closing))
+        await gaps.make_due(opened, self._consumer, due)
+        waiting = {gap.key for gap in known if gap.need is Need.WAIT and not gap.is_stuck}
+        now = self._clock()
+        self._outstanding = {k: o for k, o in self._outstanding.items() if k in waiting and now < o.until}
+        return len(closing) + len(due)
+
+    async def _ask(self, opened: Connection, asker: Asker) -> int:
+        """Claim what is due and ask for it, as far as the window has room; return how many were claimed."""
+        room = _WINDOW - sum(o.numbers for o in self._outstanding.values())
+        if room < _WINDOW // 2:
+            return 0
+        claimed = await self._states(opened, await gaps.claim(opened, self._consumer, _CLAIM))
+        closing = [gap for gap in claimed if gap.need is Need.CLOSE]
+        self._tell_closed(await gaps.close(opened, self._consumer, closing))
+        coming = [gap for gap in claimed if gap.need is Need.WAIT and gap.is_coming]
+        missing = [gap for gap in claimed if gap not in closing and gap not in coming]
+        written = [self._still_coming(gap) for gap in coming] + await self._asked(opened, asker, missing, room)
+        new = await gaps.write_asked(opened, self._consumer, written)
+        self._tell_new(new, {a.gap.key: a.gap for a in written})
+        return len(claimed)
+
+    async def _asked(self, opened: Connection, asker: Asker, missing: Sequence[Gap], room: int) -> list[Asked]:
+        if not missing:
+            return []
+        each = min(gaps.NUMBERS_EACH, max(1, room // len(missing)))
+        ranges = await gaps.missing(opened, self._consumer, missing, each)
+        wanted = [gap for gap in missing if gap.key in ranges]  # of the others, what was missing has just come
+        if not self._settings.inbox.repair:
+            detail = "inbox.repair is off: it is not asked for"
+            return [Asked(gap=gap, asks=0, asked_to=None, delay_s=_OFF_DELAY_S, detail=detail) for gap in wanted]
+        details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
+        return [self._as_asked(gap, ranges[gap.key], details) for gap in wanted]
+
+    def _as_asked(self, gap: Gap, ranges: Sequence[Range], details: Mapping[Key, str]) -> Asked:
+        detail = details.get(gap.key)
+        queued_s = sum(o.numbers for o in self._outstanding.values()) / _SLOWEST
+        delay_s = gap.delay_s(self._alert_s) + (0.0 if detail else queued_s)
+        if detail is None:
+            until = self._clock() + min(delay_s, max(self._alert_s, 5.0) + queued_s)
+            self._outstanding[gap.key] = _Outstanding(sum(map(len, ranges)), until)
+            if gap.asks:
+                detail = (
+                    f"asked {gap.asks + 1} times, and nothing has come: is `relay run` of source {gap.key[0]} running, "
+                    "and are its events published?"
+                )
+        return Asked(gap=gap, asks=gap.asks + 1, asked_to=ranges[-1].to_seq, delay_s=delay_s, detail=detail)
+
+    def _still_coming(self, gap: Gap) -> Asked:
+        """What was asked for is on its way: do not ask for it twice."""
+        return Asked(gap=gap, asks=1, asked_to=None, delay_s=self._alert_s)
+
+    async def _states(self, opened: Connection, keys: set[Key] | list[Key]) -> list[Gap]:
+        with postgres_errors():
+            return await gaps.states(
+                opened, self._consumer, keys, is_latest=lambda kind: self._policy(kind) == "latest"
+            )
+
+    async def _rest(self, seconds: float, due_s: float | None) -> None:
+        if due_s is not None:
+            seconds = min(seconds, max(due_s, min(_BUSY_INTERVAL_S, self._alert_s)))
+        self._look_at = self._clock() + seconds
+        while (left := self._look_at - self._clock()) > 0:
+            self._sooner.clear()
+            await wait_for(self._sooner, left)
+
+    def _tell_new(self, new: Sequence[Told], known: Mapping[Key, Gap]) -> None:
+        for told in new[:_LOGGED]:
+            source, kind, name = told.key
+            log.warning(
+                "gap",
+                consumer=self._consumer,
+                source=source,
+                aggregate=f"{kind}/{name}",
+                first=known[told.key].first_missing,
+                last=told.to_seq,
+                found_by=told.found_by,
+            )
+        if len(new) > _LOGGED:
+            log.warning("gaps", consumer=self._consumer, more=len(new) - _LOGGED)
+
+    def _tell_closed(self, closed: Sequence[Told]) -> None:
+        for told in closed[:_LOGGED]:
+            source, kind, name = told.key
+            log.info(
+                "gap_closed",
+                consumer=self._consumer,
+                source=source,
+                aggregate=f"{kind}/{name}",
+                last=told.to_seq,
+                asks=told.asks,
+                lasted_s=round(told.lasted_s, 1),
+            )
+        if len(closed) > _LOGGED:
+            log.info("gaps_closed", consumer=self._consumer, more=len(closed) - _LOGGED)

@@ -1,0 +1,210 @@
+-- What the inbox asks of PostgreSQL about what is missing: finding gaps, closing them, and whose turn it is to ask.
+-- Keys come as three arrays (sources, aggregate types, aggregate ids), everywhere in that order.
+
+-- name: note_early
+-- Held messages that arrived early and are older than the alert: where the one before is neither applied nor held, there is a gap.
+-- Walks the early ones by age, $5 a call, from where the last call ended. Returns how many were looked at, where the walk
+-- got to, and how many gaps were noted or grew.
+-- $1 consumer, $2 alert (double precision, s), $3 held at (timestamptz) and $4 id to start after, $5 rows
+WITH old AS MATERIALIZED (
+  SELECT h.id, h.source, h.aggregate_type, h.aggregate_id, h.seq, h.held_at FROM relay.inbox_held h
+  WHERE h.consumer = $1 AND h.reason = 'early' AND h.held_at <= clock_timestamp() - make_interval(secs => $2)
+    AND (h.held_at, h.id) > ($3, $4)
+  ORDER BY h.held_at, h.id LIMIT $5
+), hole AS (
+  SELECT old.source, old.aggregate_type, old.aggregate_id, max(old.seq) - 1 AS to_seq
+  FROM old
+  LEFT JOIN LATERAL (
+    SELECT c.last_seq FROM relay.inbox_aggregate c
+    WHERE c.aggregate_id = old.aggregate_id AND c.aggregate_type = old.aggregate_type AND c.source = old.source AND c.consumer = $1
+    LIMIT 1
+  ) AS cursor ON true
+  WHERE old.seq - 1 > coalesce(cursor.last_seq, 0)
+    AND NOT EXISTS (SELECT FROM relay.inbox_held b
+                    WHERE b.aggregate_id = old.aggregate_id AND b.aggregate_type = old.aggregate_type AND b.source = old.source
+                      AND b.consumer = $1 AND b.seq = old.seq - 1)
+  GROUP BY old.source, old.aggregate_type, old.aggregate_id
+), noted AS (
+  INSERT INTO relay.inbox_gap AS g (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, next_ask_at)
+  SELECT $1, hole.source, hole.aggregate_type, hole.aggregate_id, hole.to_seq, 'successor', clock_timestamp()
+  FROM hole
+  WHERE NOT EXISTS (SELECT FROM relay.inbox_gap k
+                    WHERE k.aggregate_id = hole.aggregate_id AND k.aggregate_type = hole.aggregate_type AND k.source = hole.source
+                      AND k.consumer = $1 AND k.to_seq >= hole.to_seq)
+  ORDER BY hole.source, hole.aggregate_type, hole.aggregate_id
+  ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO UPDATE SET to_seq = greatest(g.to_seq, excluded.to_seq)
+  RETURNING 1
+)
+SELECT (SELECT count(*) FROM old) AS looked, (SELECT count(*) FROM noted) AS noted, last.held_at, last.id
+FROM (SELECT 1) AS always LEFT JOIN LATERAL (SELECT old.held_at, old.id FROM old ORDER BY old.held_at DESC, old.id DESC LIMIT 1) AS last ON true
+
+-- name: note_marks
+-- Marks of numbers that are neither applied nor held. They may be on their way still: a gap it is when it is due and still missing.
+-- In the transaction of a batch, after its cursors were written. Returns how many were noted or grew.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids (distinct, sorted), $5 newest numbers (bigint[]),
+-- $6 alert (double precision, s)
+WITH noted AS (
+  INSERT INTO relay.inbox_gap AS g (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, next_ask_at)
+  SELECT $1, m.source, m.aggregate_type, m.aggregate_id, m.seq, 'mark', clock_timestamp() + make_interval(secs => $6)
+  FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[]) WITH ORDINALITY AS m (source, aggregate_type, aggregate_id, seq, n)
+  LEFT JOIN LATERAL (
+    SELECT c.last_seq FROM relay.inbox_aggregate c
+    WHERE c.aggregate_id = m.aggregate_id AND c.aggregate_type = m.aggregate_type AND c.source = m.source AND c.consumer = $1
+    LIMIT 1
+  ) AS cursor ON true
+  WHERE m.seq > coalesce(cursor.last_seq, 0)
+    AND NOT EXISTS (SELECT FROM relay.inbox_held h
+                    WHERE h.aggregate_id = m.aggregate_id AND h.aggregate_type = m.aggregate_type AND h.source = m.source
+                      AND h.consumer = $1 AND h.seq >= m.seq)
+    AND NOT EXISTS (SELECT FROM relay.inbox_gap k
+                    WHERE k.aggregate_id = m.aggregate_id AND k.aggregate_type = m.aggregate_type AND k.source = m.source
+                      AND k.consumer = $1 AND k.to_seq >= m.seq)
+  ORDER BY m.n
+  ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO UPDATE SET to_seq = greatest(g.to_seq, excluded.to_seq)
+  RETURNING 1
+)
+SELECT count(*) FROM noted
+
+-- name: walk_gaps
+-- The next gaps in the order of the key, whatever their state.
+-- $1 consumer, $2 aggregate id, $3 aggregate type, $4 source (to start after; '' for all), $5 gaps
+SELECT g.source, g.aggregate_type, g.aggregate_id FROM relay.inbox_gap g
+WHERE g.consumer = $1 AND (g.aggregate_id, g.aggregate_type, g.source) > ($2, $3, $4)
+ORDER BY g.aggregate_id, g.aggregate_type, g.source LIMIT $5
+
+-- name: gap_states
+-- How gaps are doing: their cursors, and how many held messages follow right after those (`run`, counted up to $5).
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids; $5 longest run that is counted
+SELECT g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.state, g.asks, g.asked_from, g.asked_to,
+       coalesce(cursor.last_seq, 0) AS last_seq, top.held AS top_is_held,
+       CASE WHEN coalesce(cursor.last_seq, 0) < g.to_seq AND next.held THEN (
+         SELECT count(*) FROM (
+           SELECT h.seq - row_number() OVER (ORDER BY h.seq) AS base FROM relay.inbox_held h
+           WHERE h.aggregate_id = g.aggregate_id AND h.aggregate_type = g.aggregate_type AND h.source = g.source AND h.consumer = $1
+             AND h.seq > cursor.last_seq AND h.seq <= g.to_seq AND h.seq - cursor.last_seq <= $5::integer
+         ) AS r WHERE r.base = cursor.last_seq
+       ) ELSE 0 END AS run
+FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
+CROSS JOIN LATERAL (
+  SELECT * FROM relay.inbox_gap i
+  WHERE i.aggregate_id = k.aggregate_id AND i.aggregate_type = k.aggregate_type AND i.source = k.source AND i.consumer = $1
+  LIMIT 1
+) AS g
+LEFT JOIN LATERAL (
+  SELECT c.last_seq FROM relay.inbox_aggregate c
+  WHERE c.aggregate_id = g.aggregate_id AND c.aggregate_type = g.aggregate_type AND c.source = g.source AND c.consumer = $1
+  LIMIT 1
+) AS cursor ON true
+CROSS JOIN LATERAL (
+  SELECT EXISTS (SELECT FROM relay.inbox_held h
+                 WHERE h.aggregate_id = g.aggregate_id AND h.aggregate_type = g.aggregate_type AND h.source = g.source
+                   AND h.consumer = $1 AND h.seq = least(cursor.last_seq, 9223372036854775806) + 1 AND cursor.last_seq < g.to_seq) AS held
+) AS next
+CROSS JOIN LATERAL (
+  SELECT EXISTS (SELECT FROM relay.inbox_held h
+                 WHERE h.aggregate_id = g.aggregate_id AND h.aggregate_type = g.aggregate_type AND h.source = g.source
+                   AND h.consumer = $1 AND h.seq = g.to_seq) AS held
+) AS top
+
+-- name: close_gaps
+-- Gaps of which nothing is missing any more; one that has grown meanwhile stays. Returns those that people had been told of.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids; $5 their last numbers (bigint[])
+WITH closed AS (
+  DELETE FROM relay.inbox_gap g
+  USING unnest($2::text[], $3::text[], $4::text[], $5::bigint[]) AS k (source, aggregate_type, aggregate_id, to_seq)
+  WHERE g.aggregate_id = k.aggregate_id AND g.aggregate_type = k.aggregate_type AND g.source = k.source AND g.consumer = $1
+    AND g.to_seq <= k.to_seq
+  RETURNING g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.asks, g.alerted_at,
+            extract(epoch FROM clock_timestamp() - g.noticed_at)::double precision AS lasted_s
+)
+SELECT source, aggregate_type, aggregate_id, to_seq, asks, lasted_s FROM closed WHERE alerted_at IS NOT NULL
+
+-- name: make_gaps_due
+-- Something of these came: the rest may be asked for at once. What was stuck is not any more.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids
+UPDATE relay.inbox_gap g
+SET state = 'open', asks = 0, next_ask_at = clock_timestamp(), detail = NULL
+FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
+WHERE g.aggregate_id = k.aggregate_id AND g.aggregate_type = k.aggregate_type AND g.source = k.source AND g.consumer = $1
+
+-- name: claim_gaps
+-- Whose turn it is to be asked for: ours alone for $3 seconds, however many consumers compete.
+-- $1 consumer, $2 gaps, $3 lease (double precision, s)
+UPDATE relay.inbox_gap g
+SET next_ask_at = clock_timestamp() + make_interval(secs => $3)
+FROM (
+  SELECT d.aggregate_id, d.aggregate_type, d.source FROM relay.inbox_gap d
+  WHERE d.consumer = $1 AND d.state = 'open' AND d.next_ask_at <= clock_timestamp()
+  ORDER BY d.next_ask_at LIMIT $2
+  FOR UPDATE SKIP LOCKED
+) AS due
+WHERE g.aggregate_id = due.aggregate_id AND g.aggregate_type = due.aggregate_type AND g.source = due.source AND g.consumer = $1
+RETURNING g.source, g.aggregate_type, g.aggregate_id
+
+-- name: missing_numbers
+-- What is missing of each of these, in order: the holes before and between what is held, found in the first $6 held messages
+-- after the cursor; and what is missing after the last of them, if that is all that is held.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids; $5 their last numbers (bigint[]), $6 held messages, $7 holes of each
+SELECT k.n, hole.from_seq, hole.to_seq
+FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[]) WITH ORDINALITY AS k (source, aggregate_type, aggregate_id, to_seq, n)
+LEFT JOIN LATERAL (
+  SELECT c.last_seq FROM relay.inbox_aggregate c
+  WHERE c.aggregate_id = k.aggregate_id AND c.aggregate_type = k.aggregate_type AND c.source = k.source AND c.consumer = $1
+  LIMIT 1
+) AS cursor ON true
+CROSS JOIN LATERAL (
+  WITH held AS MATERIALIZED (
+    SELECT h.seq FROM relay.inbox_held h
+    WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = k.aggregate_type AND h.source = k.source AND h.consumer = $1
+      AND h.seq > coalesce(cursor.last_seq, 0) AND h.seq <= k.to_seq
+    ORDER BY h.seq LIMIT $6
+  ), edges AS (
+    SELECT seq FROM held UNION ALL SELECT k.to_seq + 1 WHERE (SELECT count(*) FROM held) < $6
+  )
+  SELECT e.from_seq, e.seq - 1 AS to_seq
+  FROM (SELECT seq, least(coalesce(lag(seq) OVER (ORDER BY seq), cursor.last_seq, 0), 9223372036854775806) + 1 AS from_seq FROM edges) AS e
+  WHERE e.from_seq < e.seq
+  ORDER BY e.from_seq LIMIT $7
+) AS hole
+WHERE coalesce(cursor.last_seq, 0) < k.to_seq
+ORDER BY k.n, hole.from_seq
+
+-- name: write_asked
+-- Gaps that are still missing, asked for or not: when to look again, and what to say about it. Returns those that nobody had been told of.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids; arrays: $5 asks (integer), $6 asked from (bigint),
+-- $7 asked to (bigint, null: keep), $8 delay until the next look (double precision, s), $9 detail (text, null: none)
+WITH asked AS (
+  UPDATE relay.inbox_gap g
+  SET asks = k.asks, asked_from = k.asked_from, asked_to = coalesce(k.asked_to, g.asked_to), detail = k.detail,
+      next_ask_at = clock_timestamp() + make_interval(secs => k.delay), alerted_at = coalesce(g.alerted_at, clock_timestamp())
+  FROM (
+    SELECT u.*, o.alerted_at IS NULL AS is_new
+    FROM unnest($2::text[], $3::text[], $4::text[], $5::integer[], $6::bigint[], $7::bigint[], $8::double precision[], $9::text[])
+      AS u (source, aggregate_type, aggregate_id, asks, asked_from, asked_to, delay, detail)
+    CROSS JOIN LATERAL (
+      SELECT i.alerted_at FROM relay.inbox_gap i
+      WHERE i.aggregate_id = u.aggregate_id AND i.aggregate_type = u.aggregate_type AND i.source = u.source AND i.consumer = $1
+      LIMIT 1
+    ) AS o
+  ) AS k
+  WHERE g.aggregate_id = k.aggregate_id AND g.aggregate_type = k.aggregate_type AND g.source = k.source AND g.consumer = $1
+    AND g.state = 'open'
+  RETURNING g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.found_by, k.is_new
+)
+SELECT source, aggregate_type, aggregate_id, to_seq, found_by FROM asked WHERE is_new
+
+-- name: stick_gaps
+-- Their producer has these numbers no longer. In the transaction of a batch. Returns those that were not stuck before.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids; $5 first number that is gone (bigint[]), $6 details (text[])
+UPDATE relay.inbox_gap g
+SET state = 'stuck', next_ask_at = NULL, asked_from = k.asked_from, detail = k.detail, alerted_at = coalesce(g.alerted_at, clock_timestamp())
+FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[]) AS k (source, aggregate_type, aggregate_id, asked_from, detail)
+WHERE g.aggregate_id = k.aggregate_id AND g.aggregate_type = k.aggregate_type AND g.source = k.source AND g.consumer = $1
+  AND g.state = 'open'
+RETURNING g.source, g.aggregate_type, g.aggregate_id, g.detail
+
+-- name: next_gap
+-- Seconds until the next gap is due; null if none is open.
+-- $1 consumer
+SELECT extract(epoch FROM min(g.next_ask_at) - clock_timestamp())::double precision
+FROM relay.inbox_gap g WHERE g.consumer = $1 AND g.state = 'open'
