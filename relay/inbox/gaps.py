@@ -212,7 +212,7 @@ async def missing(connection: Connection, consumer: str, gaps: Sequence[Gap], nu
     if sequence:
         with postgres_errors():
             rows = await connection.fetch(
-                query("missing_numbers"),
+                query("gap_numbers"),
                 consumer,
                 *_keys(sequence),
                 [g.to_seq for g in sequence],

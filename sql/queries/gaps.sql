@@ -141,7 +141,7 @@ FROM (
 WHERE g.aggregate_id = due.aggregate_id AND g.aggregate_type = due.aggregate_type AND g.source = due.source AND g.consumer = $1
 RETURNING g.source, g.aggregate_type, g.aggregate_id
 
--- name: missing_numbers
+-- name: gap_numbers
 -- What is missing of each of these, in order: the holes before and between what is held, found in the first $6 held messages
 -- after the cursor; and what is missing after the last of them, if that is all that is held.
 -- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids; $5 their last numbers (bigint[]), $6 held messages, $7 holes of each
