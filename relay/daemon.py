@@ -12,9 +12,9 @@ from typing import Any
 
 import structlog
 
-from relay.errors import ConfigError, SchemaError
+from relay.errors import ConfigError, RelayError, SchemaError
 from relay.outbox.lease import Ownership, wait_for_ownership
-from relay.outbox.progress import Progress
+from relay.outbox.progress import Failure, Progress
 from relay.outbox.reader import Reader
 from relay.outbox.shard import Shard
 from relay.outbox.store import Store
@@ -44,6 +44,11 @@ class Outbox:
     progress: dict[int, Progress] = field(default_factory=dict)  # by shard, complete once `started` is set
     started: asyncio.Event = field(default_factory=asyncio.Event)
     parked: int = 0  # rows left parked when it ended
+
+    @property
+    def paused(self) -> bool:
+        """True when an operator paused a shard: what is not published of it was not even read."""
+        return any(progress.shard_is_paused for progress in self.progress.values())
 
     async def run(self, *, drain: bool = False) -> None:
         """Publish until `stop` is set; with `drain`, until nothing is left. Raises RelayError for what waiting does not heal."""
@@ -85,7 +90,12 @@ class Outbox:
 
     async def _supervised(self, shard: int, source: str, drain: bool) -> None:
         async def session() -> None:
-            await self._until_stopped(self._session(shard, source, drain))
+            try:
+                await self._until_stopped(self._session(shard, source, drain))
+            except RelayError as exc:
+                at = asyncio.get_running_loop().time()
+                self.progress[shard].failure = Failure(f"{type(exc).__name__}: {exc}", at)
+                raise
 
         await supervise(session, name=f"shard-{shard}", settings=self.settings.daemon, stop=self.stop, log=log)
 
@@ -105,14 +115,22 @@ class Outbox:
             async with (
                 beside({} if drain else self._services(ownership, source), settings=self.settings.daemon, log=log),
                 self._connection("reader", shard) as reading,
-                self._publisher(shard) as publisher,
             ):
-                pipeline = self._pipeline(ownership, reading, publisher, wakeup, source)
-                async with _waker(wakeup, self.stop, publisher):
+                store = Store(reading, shard=shard, epoch=ownership.epoch, settings=settings)
+                await self._tell_failure(store, shard)  # before the broker is asked: it may be down for long
+                async with self._publisher(shard) as publisher, _waker(wakeup, self.stop, publisher):
+                    pipeline = self._pipeline(ownership, reading, store, publisher, wakeup, source)
                     self.parked = await pipeline.run(drain=drain)
         log.info(
             "drained" if drain else "stopped", shard=shard, published=self.progress[shard].published, parked=self.parked
         )
+
+    async def _tell_failure(self, store: Store, shard: int) -> None:
+        """Write down what ended the session before, for `relay status`."""
+        failure = self.progress[shard].failure
+        if failure is not None:
+            await store.note_failure(failure.error, asyncio.get_running_loop().time() - failure.at)
+            self.progress[shard].failure = None
 
     def _services(self, ownership: Ownership, source: str) -> dict[str, Service]:  # noqa: ARG002 - its services follow
         """What the owner of a shard does beside publishing, by name: see relay.services."""
@@ -120,13 +138,19 @@ class Outbox:
         return services
 
     def _pipeline(
-        self, ownership: Ownership, reading: Connection, publisher: Publisher, wakeup: Wakeup, source: str
+        self,
+        ownership: Ownership,
+        reading: Connection,
+        store: Store,
+        publisher: Publisher,
+        wakeup: Wakeup,
+        source: str,
     ) -> Shard:
         settings = self.settings.outbox
         return Shard(
             ownership=ownership,
             reader=Reader(reading, shard=ownership.shard, page_rows=settings.page_rows, page_bytes=settings.page_bytes),
-            store=Store(reading, shard=ownership.shard, epoch=ownership.epoch, settings=settings),
+            store=store,
             publisher=publisher,
             probe=lambda: self._publisher(ownership.shard),
             wakeup=wakeup,
@@ -158,7 +182,7 @@ async def _waker(wakeup: Wakeup, stop: asyncio.Event, publisher: Publisher) -> A
 
     async def wake_after(event: Coroutine[Any, Any, object]) -> None:
         await event
-        wakeup.event.set()
+        wakeup.interrupt()
 
     tasks = [asyncio.create_task(wake_after(stop.wait())), asyncio.create_task(wake_after(publisher.wait_lost()))]
     try:

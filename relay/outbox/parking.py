@@ -2,6 +2,7 @@
 
 A row that the broker refuses is parked together with every later row of its aggregate, also those that were confirmed
 already: they are published again behind it, so that the last word on the wire is in order (the inbox drops the copies).
+A row that an operator's pause holds is parked in the same way, without being sent.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from relay.message import Aggregate, Row
+from relay.outbox.pause import Pauses
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
 
-Reason = Literal["unroutable", "nacked", "refused", "too_large", "unencodable", "unconfirmed", "behind"]
+Reason = Literal["unroutable", "nacked", "refused", "too_large", "unencodable", "unconfirmed", "behind", "paused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,11 @@ class Parked:
         """True for the row that holds its aggregate up; the others wait behind one."""
         return self.reason != "behind"
 
+    @property
+    def is_paused(self) -> bool:
+        """True for a head that is not tried again until an operator resumes."""
+        return self.reason == "paused"
+
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
@@ -40,8 +47,24 @@ class Settlement:
     parked: Sequence[Parked]
 
 
-def settle(rows: Sequence[Row], outcomes: Sequence[Outcome | None], blocked: AbstractSet[Aggregate]) -> Settlement:
-    """Divide a page. An outcome None: the row was not sent, because its aggregate is blocked or failed earlier in this page."""
+def unsendable(rows: Sequence[Row], blocked: AbstractSet[Aggregate], pauses: Pauses) -> frozenset[int]:
+    """Positions of the rows that must not be sent: those that a pause holds, and those behind one or in a blocked aggregate."""
+    if not blocked and not pauses.any_rows:
+        return frozenset()
+    held = set(blocked)
+    found = set()
+    for position, row in enumerate(rows):
+        if row.aggregate in held or pauses.hold(row):
+            found.add(position)
+            if row.aggregate is not None:
+                held.add(row.aggregate)
+    return frozenset(found)
+
+
+def settle(
+    rows: Sequence[Row], outcomes: Sequence[Outcome | None], blocked: AbstractSet[Aggregate], pauses: Pauses
+) -> Settlement:
+    """Divide a page. An outcome None: the row was not sent, because it is paused, or its aggregate is blocked or failed before it."""
     confirmed: list[Row] = []
     parked: list[Parked] = []
     held = set(blocked)
@@ -55,10 +78,15 @@ def settle(rows: Sequence[Row], outcomes: Sequence[Outcome | None], blocked: Abs
         elif isinstance(outcome, Confirmed):
             confirmed.append(row)
         else:
-            parked.append(refusal(row, outcome))
+            parked.append(Parked(row, "paused") if pauses.hold(row) else refusal(row, outcome))
             if row.aggregate is not None:
                 held.add(row.aggregate)
     return Settlement(settled, confirmed, parked)
+
+
+def is_done(row: Row, outcome: Outcome | None) -> bool:
+    """True when the row need not be sent again: confirmed, or the tombstone of an event that nobody waits for."""
+    return isinstance(outcome, Confirmed) or (row.is_tombstone and isinstance(outcome, Returned))
 
 
 def refusal(row: Row, outcome: Outcome | None) -> Parked:

@@ -3,7 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
+
+_RATE_S = 10.0
+"""What "lately" means for a rate."""
+
+
+class Rate:
+    """Rows a second over the last 10 seconds, from a count that only grows. Pure: the caller brings the clock."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()  # (when, count), the first one 10 s ago or earlier
+
+    def at(self, now: float, count: int) -> float:
+        """The rate, when `count` is reached `now`."""
+        seen = self._seen
+        seen.append((now, count))
+        while len(seen) > 2 and seen[1][0] <= now - _RATE_S:
+            seen.popleft()
+        since, before = seen[0]
+        return (count - before) / min(_RATE_S, max(1.0, now - since))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What ended a session."""
+
+    error: str  # its class, and what it said
+    at: float  # by the event loop's clock
 
 
 @dataclass(slots=True)
@@ -17,6 +45,11 @@ class Progress:
     checkpoints: int = 0
     sleeps: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    confirmed: int = 0  # published and unparked, at once: the others are counted when the database knows
+    rate: Rate = field(default_factory=Rate)
+    failure: Failure | None = None  # that the database has not been told of
+    shard_is_paused: bool = False  # by an operator
 
     # What the next session must know, because the last one broke over a row.
     careful: int = 0  # rows still to be published one at a time, to find the one that closes the channel

@@ -57,8 +57,11 @@ class Reader:
         )
 
 
-def to_row(record: asyncpg.Record) -> Row:
-    """A record of the log as a value; the content type is filled in where the producer left it out."""
+def to_row(record: asyncpg.Record, *, is_tombstone: bool = False) -> Row:
+    """A record of the log as a value; the content type is filled in where the producer left it out.
+
+    Of a tombstone the content was not even read.
+    """
     payload, body = record["payload"], record["body"]
     default = "application/octet-stream" if payload is None else "application/json"
     return Row(
@@ -71,7 +74,8 @@ def to_row(record: asyncpg.Record) -> Row:
         headers=json.loads(record["headers"]) if record["headers"] else {},
         routing_key=record["routing_key"],
         created_at=record["created_at"],
-        body=body if payload is None else payload.encode(),
+        body=b"" if is_tombstone else body if payload is None else payload.encode(),
+        is_tombstone=is_tombstone,
     )
 
 

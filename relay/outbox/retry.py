@@ -1,4 +1,4 @@
-"""The parked rows of one shard: which aggregates they hold up, and trying them again without disturbing live traffic.
+"""The parked rows of one shard: trying them again without disturbing live traffic.
 
 Heads are tried first; behind each that went out follows what waited behind it. A row that ended a session before (it closed
 the channel, or its queue never confirmed) is tried alone, on a connection of its own, beside the live traffic.
@@ -15,17 +15,25 @@ import structlog
 
 from relay.errors import BrokerError
 from relay.message import Aggregate, Message, Row
-from relay.outbox.parking import Parked, refusal
+from relay.outbox.blocked import Blocked
+from relay.outbox.parking import Parked, is_done, refusal, unsendable
 from relay.outbox.progress import Progress
 from relay.outbox.store import Due, Store
-from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Refused, Unknown
+from relay.rabbitmq.contract import Outcome, Publisher, Refused, Unknown
 from relay.settings import OutboxSettings
 
 _PROBES = 10
 """Rows tried alone in one go: each may take the whole confirm time-out."""
 
-_RELOAD_S = 10.0
-"""Time between two looks at the whole table while rows are parked: an operator may have changed it."""
+_AGGREGATES = 20
+_AGGREGATES_BESIDE_TRAFFIC = 10
+"""Heads in one portion, each with up to 49 rows behind it: few, since a new event waits for the whole portion."""
+
+_TRAFFICS_SHARE = 6
+"""While there is live traffic, it has 6 t for itself after a portion that took t: an operator's retry of everything costs a seventh."""
+
+_TRAFFIC_S = 1.0
+"""So long after a page of new rows there is live traffic."""
 
 Probed = tuple[Due, Outcome | None]
 """A row that was tried alone; None: the broker could not be reached, which says nothing about the row."""
@@ -38,6 +46,7 @@ class Retry:
         self,
         *,
         store: Store,
+        blocked: Blocked,
         publisher: Publisher,
         probe: Callable[[], AbstractAsyncContextManager[Publisher]],
         message: Callable[[Row], Message],
@@ -46,9 +55,8 @@ class Retry:
         wake: Callable[[], None],
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
-        self.blocked: set[Aggregate] = set()  # their rows may not be published past the parked ones
-        self.rows = 0
         self._store = store
+        self._blocked = blocked
         self._publisher = publisher
         self._probe = probe
         self._message = message
@@ -58,26 +66,21 @@ class Retry:
         self._log = log
         self._clock = asyncio.get_running_loop().time
         self._due_at: float | None = None
-        self._reload_at = self._clock() + _RELOAD_S
+        self._not_before = 0.0  # while there is live traffic: until then the time is its own
+        self._traffic_until = 0.0
         self._probing: asyncio.Task[None] | None = None
         self._tried: list[Probed] = []  # alone, and not settled yet
         self._probed: set[int | Aggregate] = set()  # ids of the rows being tried alone, and their aggregates
 
-    async def load(self) -> None:
-        """Learn from the database what is parked; see that every blocked aggregate has a row that is tried, or is stuck."""
-        self._reload_at = self._clock() + _RELOAD_S
-        found = await self._store.blocked()
-        if found:
-            await self._store.promote_headless()
-        self.rows = sum(found.values())
-        self.blocked = {aggregate for aggregate in found if aggregate is not None}
+    async def look(self) -> None:
+        """Learn from the tables what is blocked, and when a parked row is due."""
+        await self._blocked.look()
         await self._plan()
 
     def note(self, parked: Sequence[Parked]) -> None:
         """Rows have been parked."""
-        self.rows += len(parked)
-        self.blocked |= {p.row.aggregate for p in parked if p.row.aggregate is not None}
-        heads = [p for p in parked if p.is_head]
+        self._blocked.note(parked)
+        heads = [p for p in parked if p.is_head and not p.is_paused]
         for head in heads[:10]:
             self._tell("parked", head, "warning")
         if heads:
@@ -86,25 +89,33 @@ class Retry:
 
     def within(self, seconds: float) -> float:
         """The shorter of `seconds` and the time until something is to be done here."""
-        times = [self._due_at] if self._due_at is not None else []
-        if self.rows:
-            times.append(self._reload_at)
+        times = []
+        if self._due_at is not None and not self._blocked.shard_is_paused:
+            times.append(max(self._due_at, min(self._not_before, self._traffic_until)))
+        if self._blocked.may_change_unseen:
+            times.append(self._blocked.look_at)
         return max(0.0, min([seconds, *(at - self._clock() for at in times)]))
+
+    def saw_traffic(self) -> None:
+        """New rows are being published: for a while this takes no more than a bounded share of the time."""
+        self._traffic_until = self._clock() + _TRAFFIC_S
 
     async def step(self) -> None:
         """Settle what was tried alone, and try a portion of what is due. After it the publisher may be lost."""
         await self.settle_probes()
-        if self.rows and self._clock() >= self._reload_at:
-            await self.load()
-        if self._due_at is None or self._clock() < self._due_at:
+        started = self._clock()
+        traffic = started < self._traffic_until
+        if self._due_at is None or started < self._due_at or (traffic and started < self._not_before):
             return
-        due = [d for d in await self._store.due() if not self._is_probed(d.row)]
+        found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES)
+        due = [d for d in self._not_paused(found) if not self._is_probed(d.row)]
         if not due and self._probing is None:
             self._progress.careful_retry = False  # all that was suspect has been tried alone
         did = await self._try(_heads_first(due))
         await self._plan()
         if not did and self._due_at is not None:  # what is due is being tried alone, or waits for its turn there
             self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
+        self._not_before = self._clock() + _TRAFFICS_SHARE * (self._clock() - started)
 
     async def close(self) -> None:
         """End what is being tried alone: it is tried again by the next session."""
@@ -113,8 +124,13 @@ class Retry:
             await asyncio.gather(self._probing, return_exceptions=True)
 
     async def _plan(self) -> None:
-        wait_s = await self._store.next_attempt_s() if self.rows else None
+        wait_s = await self._store.next_attempt_s() if self._blocked.rows else None
         self._due_at = None if wait_s is None else self._clock() + max(0.0, wait_s)
+
+    def _not_paused(self, due: Sequence[Due]) -> list[Due]:
+        """Without what a pause holds, and what is behind that: the rows behind a head that is due may be of another type."""
+        held = unsendable([d.row for d in due], frozenset(), self._blocked.pauses)
+        return [d for position, d in enumerate(due) if position not in held]
 
     async def _try(self, due: tuple[list[Due], list[Due]]) -> bool:
         """True when something was sent, or began to be tried alone."""
@@ -126,7 +142,7 @@ class Retry:
             self._start_probes(alone[:_PROBES])
         held = {d.row.aggregate for d in alone}
         settled = await self._send(together)
-        held |= {d.row.aggregate for d, outcome in settled if not isinstance(outcome, Confirmed)}
+        held |= {d.row.aggregate for d, outcome in settled if not is_done(d.row, outcome)}
         settled += await self._send([d for d in behind if d.row.aggregate not in held])
         await self._settle(settled)
         return probing or bool(settled)
@@ -150,7 +166,7 @@ class Retry:
             aggregate = due.row.aggregate
             if aggregate is not None and aggregate in failed:
                 continue
-            if isinstance(outcome, Confirmed):
+            if is_done(due.row, outcome):
                 published.append(due.row)
                 continue
             if aggregate is not None:
@@ -162,12 +178,12 @@ class Retry:
 
     async def _write(self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]) -> None:
         touched = {row.aggregate for row in (*published, *(p.row for p, _ in refused))}
-        still = await self._store.unpark(published, refused)
-        self.blocked -= {aggregate for aggregate in touched if aggregate is not None} - still
-        self.rows -= len(published)
-        self._progress.unparked += len(published)
+        gone, still = await self._store.unpark(published, refused)
+        self._blocked.release(gone, {aggregate for aggregate in touched if aggregate is not None}, still)
+        self._progress.unparked += gone
+        self._progress.confirmed += len(published)
         self._progress.changed.set()
-        self._log.info("retried", published=len(published), refused=len(refused), still_parked=self.rows)
+        self._log.info("retried", published=len(published), refused=len(refused), still_parked=self._blocked.rows)
         for parked, attempts in refused:
             if attempts >= self._settings.max_attempts:
                 self._tell("stuck", parked, "error")

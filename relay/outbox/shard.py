@@ -9,10 +9,11 @@ from contextlib import AbstractAsyncContextManager
 import structlog
 
 from relay.errors import BrokerUnavailable
-from relay.message import Message, Row
+from relay.message import Aggregate, Message, Row
+from relay.outbox.blocked import Blocked
 from relay.outbox.cursor import Page
 from relay.outbox.lease import Ownership
-from relay.outbox.parking import Parked, settle, waves
+from relay.outbox.parking import Parked, settle, unsendable, waves
 from relay.outbox.progress import Progress
 from relay.outbox.reader import Reader
 from relay.outbox.retry import Retry
@@ -21,6 +22,7 @@ from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
 from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Refused, Unknown
 from relay.settings import OutboxSettings
+from relay.supervisor import wait_for
 
 log = structlog.get_logger()
 
@@ -66,9 +68,12 @@ class Shard:
         self._checkpointed_at = self._clock()
         self._idle_since: float | None = None
         self._nap_s = _BACKOFF_FIRST_S
-        self._paused = False
+        self._unsaved = 0  # rows confirmed since the last checkpoint
+        self._held_up: str | None = None  # why nothing is read
+        self._blocked = Blocked(store=store, shard=ownership.shard)
         self._retry = Retry(
             store=store,
+            blocked=self._blocked,
             publisher=publisher,
             probe=probe,
             message=self._message,
@@ -83,15 +88,18 @@ class Shard:
 
         Raises BrokerError or PostgresError when the session is over, LeaseLost when another relay owns the shard.
         """
-        await self._retry.load()
+        self._progress.rate.at(self._clock(), self._progress.confirmed)
+        await self._retry.look()
         following: asyncio.Task[Page] | None = None
         try:
             while not self._stop.is_set():
                 self._wakeup.require_connection()
                 if self._publisher.lost is not None:
                     self._end_session(0)
-                await self._retry.step()
-                if self._over_parked_limit():
+                await self._look()
+                if not self._blocked.shard_is_paused:
+                    await self._retry.step()
+                if self._is_held_up():
                     if drain:
                         break
                     await self._pause()
@@ -108,6 +116,7 @@ class Shard:
                         break
                     await self._rest()
                     continue
+                self._retry.saw_traffic()
                 await self._get_up()
                 following = self._read_ahead(page)
                 await self._handle(page, following)
@@ -118,7 +127,13 @@ class Shard:
             if following is not None:
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
-        return self._retry.rows
+        return self._blocked.rows
+
+    async def _look(self) -> None:
+        """See what operators have done: at once when they say so, and now and then in any case."""
+        if self._wakeup.urgent.is_set() or self._clock() >= self._blocked.look_at:
+            self._wakeup.urgent.clear()
+            await self._retry.look()
 
     # --- read -> publish -> settle -> checkpoint
 
@@ -135,7 +150,8 @@ class Shard:
         outcomes = await self._publish(page.rows)
         if following is not None:
             await asyncio.wait([following])  # it uses the connection that the checkpoint needs
-        settlement = settle(page.rows, self._give_up_unconfirmed(page.rows, outcomes), self._retry.blocked)
+        final = self._give_up_unconfirmed(page.rows, outcomes)
+        settlement = settle(page.rows, final, self._blocked.aggregates, self._blocked.pauses)
         whole = settlement.settled == len(page.rows)
         if whole:
             self._position = self._position.after(page)
@@ -143,6 +159,8 @@ class Shard:
             self._position = self._position.within(page, page.rows[settlement.settled - 1].id)
         if settlement.confirmed:
             self._high_id = max(self._high_id, max(row.id for row in settlement.confirmed))
+        self._unsaved += len(settlement.confirmed)
+        self._progress.confirmed += len(settlement.confirmed)
         self._dirty = self._dirty or settlement.settled > 0
         await self._checkpoint(settlement.parked, force=not whole)
         self._count(settlement.settled, len(settlement.confirmed), settlement.parked)
@@ -150,21 +168,18 @@ class Shard:
             self._end_session(len(page.rows) - settlement.settled)
 
     async def _publish(self, rows: Sequence[Row]) -> list[Outcome | None]:
-        """The outcome of every row, None for one that was not sent because its aggregate is held up."""
+        """The outcome of every row, None for one that was not sent because it or its aggregate is held up."""
         outcomes: list[Outcome | None] = [None] * len(rows)
-        held = set(self._retry.blocked)
+        unsent = unsendable(rows, self._blocked.aggregates, self._blocked.pauses)
+        failed: set[Aggregate | None] = set()  # in this page
         for wave in waves(rows) if self._settings.order == "strict" else [range(len(rows))]:
-            chosen = [i for i in wave if rows[i].aggregate not in held]
+            chosen = [i for i in wave if i not in unsent and rows[i].aggregate not in failed]
             for i, outcome in zip(chosen, await self._send([rows[i] for i in chosen]), strict=True):
                 outcomes[i] = outcome
-                aggregate = rows[i].aggregate
-                if aggregate is not None and not isinstance(outcome, Confirmed):
-                    held.add(aggregate)
+                if rows[i].aggregate is not None and not isinstance(outcome, Confirmed):
+                    failed.add(rows[i].aggregate)
             if any(isinstance(outcome, Unknown) for outcome in outcomes):
-                return [
-                    Unknown("not sent") if o is None and rows[i].aggregate not in self._retry.blocked else o
-                    for i, o in enumerate(outcomes)
-                ]
+                return [Unknown("not sent") if o is None and i not in unsent else o for i, o in enumerate(outcomes)]
         return outcomes
 
     def _give_up_unconfirmed(self, rows: Sequence[Row], outcomes: Sequence[Outcome | None]) -> Sequence[Outcome | None]:
@@ -200,8 +215,9 @@ class Shard:
     async def _save(self, parked: Sequence[Parked] = ()) -> None:
         if not self._dirty:
             return
-        await self._store.checkpoint(self._position, self._high_id, parked)
-        self._dirty = False
+        rate = self._progress.rate.at(self._clock(), self._progress.confirmed)
+        await self._store.checkpoint(self._position, self._high_id, parked, confirmed=self._unsaved, rate=rate)
+        self._dirty, self._unsaved = False, 0
         self._checkpointed_at = self._clock()
         self._progress.checkpoints += 1
         self._retry.note(parked)
@@ -221,14 +237,22 @@ class Shard:
             self._log.warning("careful", reason="a message may have closed the channel", rows=unsettled)
         raise BrokerUnavailable(f"the session with RabbitMQ ended: {lost}") from lost
 
-    def _over_parked_limit(self) -> bool:
-        over = self._retry.rows > self._settings.parked_limit
-        if over != self._paused:
-            self._paused = over
-            self._log.error(
-                "paused" if over else "resumed", parked=self._retry.rows, parked_limit=self._settings.parked_limit
-            )
-        return over
+    def _is_held_up(self) -> bool:
+        """True when nothing may be read: an operator paused the shard, or too much is parked."""
+        why: str | None = None
+        if self._blocked.shard_is_paused:
+            why = "an operator paused the shard"
+        elif self._blocked.refused_rows > self._settings.parked_limit:
+            why = "more rows are parked than outbox.parked_limit"
+        if why != self._held_up:
+            told = {"parked": self._blocked.rows, "parked_limit": self._settings.parked_limit}
+            if why is None:
+                self._log.warning("resumed", **told)
+            else:
+                self._log.error("paused", reason=why, **told)
+            self._held_up = why
+        self._progress.shard_is_paused = self._blocked.shard_is_paused
+        return why is not None
 
     async def _pause(self) -> None:
         await self._save()
@@ -261,9 +285,5 @@ class Shard:
         await self._wakeup.get_up()
 
     async def _nap(self, seconds: float) -> None:
-        """Sleep, unless `stop` is set meanwhile or a parked row becomes due."""
-        try:
-            async with asyncio.timeout(self._retry.within(seconds)):
-                await self._stop.wait()
-        except TimeoutError:
-            return
+        """Sleep, unless `stop` is set or an operator acts meanwhile, or a parked row becomes due."""
+        await wait_for(self._wakeup.urgent, self._retry.within(seconds))

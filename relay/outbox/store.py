@@ -9,15 +9,15 @@ from relay.errors import LeaseLost
 from relay.message import Aggregate, Row
 from relay.outbox.cursor import Position
 from relay.outbox.parking import Parked, retry_delay_s
+from relay.outbox.pause import Pauses
 from relay.outbox.reader import to_row
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
 from relay.settings import OutboxSettings
 
-_RETRY_AGGREGATES = 50
 _RETRY_ROWS_EACH = 50
-"""One portion of parked rows: small enough that live traffic is not kept waiting for long."""
+"""Of one aggregate in a portion of parked rows: with less, the heads' round trip to the broker would be most of the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,39 +38,69 @@ class Store:
         self._epoch = epoch
         self._settings = settings
 
-    async def checkpoint(self, position: Position, high_id: int, parked: Sequence[Parked] = ()) -> None:
-        """Persist `position` and park rows, both or neither. `high_id`: the highest id published so far."""
+    async def checkpoint(
+        self,
+        position: Position,
+        high_id: int,
+        parked: Sequence[Parked] = (),
+        *,
+        confirmed: int = 0,
+        rate: float = 0.0,
+    ) -> None:
+        """Persist `position` and park rows, both or neither. `high_id`: the highest id published so far.
+
+        `confirmed` messages were published since the last checkpoint, `rate` a second lately: for `relay status`.
+        """
         with postgres_errors():
             async with self._connection.transaction():
+                # The cursor first: an operator's act locks it before it touches parked rows.
+                await self._move(position, high_id, confirmed, rate)
                 if parked:
                     await self._park(parked)
-                await self._move(position, high_id)
 
-    async def blocked(self) -> dict[Aggregate | None, int]:
-        """Parked rows by aggregate; those without an aggregate under None."""
+    async def pauses(self) -> Pauses:
+        """What operators have paused."""
+        with postgres_errors():
+            return Pauses.of(await self._connection.fetch(query("list_pauses")))
+
+    async def blocked(self) -> dict[Aggregate | None, tuple[int, int]]:
+        """(parked rows, those of them that a pause holds) by aggregate; of events without an aggregate under None."""
         with postgres_errors():
             records = await self._connection.fetch(query("blocked_aggregates"), self._shard)
-        found: dict[Aggregate | None, int] = {}
+        found: dict[Aggregate | None, tuple[int, int]] = {}
         for r in records:
             key = None if r["aggregate_id"] is None else (r["aggregate_type"], r["aggregate_id"])
-            found[key] = found.get(key, 0) + r["parked"]
+            parked, held = found.get(key, (0, 0))
+            found[key] = (parked + r["parked"], held + r["held_by_pause"])
         return found
 
-    async def promote_headless(self) -> None:
-        """Let the first parked row of an aggregate be tried, where it waits for one that is not parked any more."""
+    async def reconcile(self, pauses: Pauses) -> bool:
+        """See that every aggregate's first parked row is tried, is paused, or is stuck. True if something was changed.
+
+        An operator may have taken a head away, paused what is being tried, or resumed what was paused.
+        """
+        blocks = ["promote_headless", *(["hold_paused"] if pauses.any_rows else []), "release_paused"]
         with postgres_errors():
             async with self._connection.transaction():
-                self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0))
-                await self._connection.execute(query("promote_headless"), self._shard)
+                self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0, 0))
+                done = [await self._connection.execute(query(block), self._shard) for block in blocks]
+        return any(tag != "UPDATE 0" for tag in done)
 
-    async def due(self) -> list[Due]:
-        """A portion of the parked rows that may be tried now, by id: heads, each with some of the rows behind it."""
+    async def due(self, aggregates: int) -> list[Due]:
+        """A portion of the parked rows that may be tried now, by id: so many heads, each with some of the rows behind it."""
         rows_each = 1 if self._settings.order == "strict" else _RETRY_ROWS_EACH
         with postgres_errors():
             records = await self._connection.fetch(
-                query("due_parked"), self._shard, _RETRY_AGGREGATES, rows_each, self._settings.page_bytes
+                query("due_parked"), self._shard, aggregates, rows_each, self._settings.page_bytes
             )
-        return [Due(to_row(r), r["attempts"], r["reason"] in ("refused", "unconfirmed")) for r in records]
+        return [
+            Due(
+                to_row(r, is_tombstone=r["is_tombstone"]),
+                r["attempts"],
+                alone=r["reason"] in ("refused", "unconfirmed"),
+            )
+            for r in records
+        ]
 
     async def next_attempt_s(self) -> float | None:
         """Seconds until a parked row is due (negative: overdue); None when none ever will be."""
@@ -78,24 +108,36 @@ class Store:
             seconds: float | None = await self._connection.fetchval(query("next_parked_attempt"), self._shard)
         return seconds
 
-    async def unpark(self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]) -> set[Aggregate]:
+    async def unpark(
+        self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]
+    ) -> tuple[int, dict[Aggregate, bool]]:
         """Remove the rows that went out, delay those that were refused again (with their refusals so far).
 
-        Returns which of these aggregates are still blocked. In one transaction, fenced like a checkpoint.
+        Returns how many were removed, and which of these aggregates are still blocked, and whether by a pause. A row that
+        an operator took out of the sequence while it was being published stays: its tombstone goes out next.
+        In one transaction, fenced like a checkpoint.
         """
         aggregates = {a for a in (row.aggregate for row in (*published, *(p.row for p, _ in refused))) if a is not None}
+        tombstones = [row.id for row in published if row.is_tombstone]
         with postgres_errors():
             async with self._connection.transaction():
                 high_id = max((row.id for row in published), default=0)
-                self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, high_id))
-                await self._connection.execute(query("unpark"), [row.id for row in published])
+                self._require(
+                    await self._connection.fetchval(query("fence"), self._shard, self._epoch, high_id, len(published))
+                )
+                gone = await self._connection.fetch(query("unpark"), [row.id for row in published], tombstones)
                 await self._delay(refused)
                 still = await self._connection.fetch(
-                    query("promote_parked"), [a[0] for a in aggregates], [a[1] for a in aggregates]
+                    query("promote_parked"), self._shard, [a[0] for a in aggregates], [a[1] for a in aggregates]
                 )
-        return {(r["aggregate_type"], r["aggregate_id"]) for r in still}
+        return len(gone), {(r["aggregate_type"], r["aggregate_id"]): r["paused"] for r in still}
 
-    async def _move(self, position: Position, high_id: int) -> None:
+    async def note_failure(self, error: str, seconds_ago: float) -> None:
+        """What ended the last session, for `relay status`. Nothing is written if we are not the owner any more."""
+        with postgres_errors():
+            await self._connection.execute(query("note_failure"), self._shard, self._epoch, error, seconds_ago)
+
+    async def _move(self, position: Position, high_id: int, confirmed: int, rate: float) -> None:
         moved = await self._connection.fetchval(
             query("checkpoint"),
             self._shard,
@@ -104,6 +146,8 @@ class Store:
             None if position.window is None else str(position.window),
             position.after_id,
             high_id,
+            confirmed,
+            rate,
         )
         self._require(moved)
 
@@ -115,7 +159,7 @@ class Store:
 
     async def _park(self, parked: Sequence[Parked]) -> None:
         rows = [p.row for p in parked]
-        fates = [self._fate(attempts=1) if p.is_head else ("waiting", 0, None) for p in parked]
+        fates = [self._first_fate(p) for p in parked]
         await self._connection.execute(
             query("park"),
             self._shard,
@@ -142,7 +186,14 @@ class Store:
             [fate[0] for fate in fates],
             [fate[1] for fate in fates],
             [fate[2] for fate in fates],
+            [p.row.is_tombstone for p, _ in refused],
         )
+
+    def _first_fate(self, parked: Parked) -> tuple[str, int, float | None]:
+        """(state, attempts, delay in s) of a row that is parked now."""
+        if parked.is_paused:
+            return "paused", 0, None
+        return self._fate(attempts=1) if parked.is_head else ("waiting", 0, None)
 
     def _fate(self, *, attempts: int) -> tuple[str, int, float | None]:
         """(state, attempts, delay in s) of a row that was refused `attempts` times."""

@@ -16,6 +16,8 @@ from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
 
 CHANNEL = "relay_outbox"
+OPERATE = "operate"
+"""What an operator's act says on the channel, where a producer says the shard's number."""
 WAKE_LOCK = 727002
 """First key of the lock S, as in the trigger relay.outbox_assign; the second is the shard."""
 
@@ -28,7 +30,14 @@ class Wakeup:
         self._shard = shard
         self._asleep = False
         self.event = asyncio.Event()
-        """Set by a notification of a producer, by the loss of the connection, or by whoever wants the sleeper up."""
+        """Set by a notification, by the loss of the connection, or by whoever wants the sleeper up."""
+        self.urgent = asyncio.Event()
+        """Set by an operator's act and by all but producers: it also ends a nap. Cleared by who has looked."""
+
+    def interrupt(self) -> None:
+        """End a sleep or a nap: something else than a new event is to be seen to."""
+        self.event.set()
+        self.urgent.set()
 
     async def listen(self) -> None:
         """Start listening. Raises PostgresUnavailable."""
@@ -76,6 +85,8 @@ class Wakeup:
     def _notified(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         if payload == str(self._shard):  # only a hint: what is new, the log says
             self.event.set()
+        elif payload == OPERATE:  # only a hint as well: the tables say what was done
+            self.interrupt()
 
     def _lost(self, _connection: Any) -> None:
-        self.event.set()
+        self.interrupt()

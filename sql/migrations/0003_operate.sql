@@ -69,6 +69,19 @@ CREATE TABLE relay.outbox_pause (
 CREATE UNIQUE INDEX outbox_pause_once ON relay.outbox_pause
   (scope, coalesce(aggregate_type, ''), coalesce(aggregate_id, ''), coalesce(event_type, ''), coalesce(shard, 0));
 
+-- True when a pause holds a row like this one. (A paused shard is another matter: nothing of it is even read.)
+CREATE FUNCTION relay.outbox_is_paused(aggregate_type text, aggregate_id text, event_type text) RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE AS $$
+  SELECT EXISTS (
+    SELECT FROM relay.outbox_pause p
+    WHERE CASE p.scope
+            WHEN 'aggregate'      THEN p.aggregate_id = $2 AND p.aggregate_type = $1
+            WHEN 'aggregate_type' THEN p.aggregate_type = $1
+            WHEN 'event_type'     THEN p.event_type = $3
+            ELSE false
+          END)
+$$;
+
 -- A parked row can also be one that is paused (state paused: until resumed), and a tombstone of what was published before.
 ALTER TABLE relay.outbox_parked
   DROP CONSTRAINT outbox_parked_reason_is_known,
@@ -78,6 +91,7 @@ ALTER TABLE relay.outbox_parked
   -- waiting: behind another row of its aggregate; retrying: tried again at next_attempt_at; stuck: waits for an operator;
   -- paused: an operator's pause holds it, whatever its reason
   ADD CONSTRAINT outbox_parked_state_is_known CHECK (state IN ('waiting', 'retrying', 'stuck', 'paused'));
+CREATE INDEX outbox_parked_paused ON relay.outbox_parked (shard) WHERE state = 'paused';
 
 -- A replay from the retained log: where it got to, so that it can be resumed.
 CREATE TABLE relay.outbox_replay (

@@ -6,8 +6,10 @@
 WITH c AS (UPDATE relay.outbox_cursor SET epoch = epoch WHERE false),
      i AS (INSERT INTO relay.outbox_parked (id, shard, reason, state) SELECT 0, 0, 'behind', 'waiting' WHERE false),
      u AS (UPDATE relay.outbox_parked SET attempts = attempts WHERE false),
-     d AS (DELETE FROM relay.outbox_parked WHERE false)
-SELECT FROM relay.outbox WHERE false
+     d AS (DELETE FROM relay.outbox_parked WHERE false),
+     p AS (SELECT FROM relay.outbox_pause WHERE false),
+     t AS (SELECT FROM relay.outbox_tombstone WHERE false)
+SELECT FROM relay.outbox, p, t WHERE false
 
 -- name: list_shards
 -- The shards of this log.
@@ -94,17 +96,34 @@ ORDER BY o.id
 
 -- name: checkpoint
 -- Moves the cursor. No row: another owner has raised the epoch.
--- $1 shard, $2 epoch, $3 snapshot (text), $4 window's snapshot (text or null), $5 after id, $6 highest id published
+-- $1 shard, $2 epoch, $3 snapshot (text), $4 window's snapshot (text or null), $5 after id, $6 highest id published,
+-- $7 messages confirmed since the last time, $8 of them per second lately
 UPDATE relay.outbox_cursor
 SET snapshot = $3::text::pg_snapshot, window_snapshot = $4::text::pg_snapshot, after_id = $5,
-    high_id = greatest(high_id, $6), updated_at = now()
+    high_id = greatest(high_id, $6), published = published + $7, rate = $8, updated_at = now()
 WHERE shard = $1 AND epoch = $2
 RETURNING shard
 
+-- name: note_failure
+-- What ended the last session, for `relay status`. updated_at stays that of the last checkpoint, as in `take_ownership`.
+-- $1 shard, $2 epoch, $3 error, $4 seconds ago
+UPDATE relay.outbox_cursor SET last_error = left($3, 1000), last_error_at = now() - make_interval(secs => $4)
+WHERE shard = $1 AND epoch = $2
+
+-- name: list_pauses
+-- What operators have paused.
+SELECT scope, aggregate_type, aggregate_id, event_type, shard FROM relay.outbox_pause
+
 -- name: blocked_aggregates
 -- The aggregates of a shard that have parked rows, and how many; an event without an aggregate counts under nulls.
+-- held_by_pause: how many of them wait for nothing but an operator's resume, being paused or behind a row that is.
 -- $1 shard
-SELECT aggregate_type, aggregate_id, count(*) AS parked FROM relay.outbox_parked WHERE shard = $1 GROUP BY 1, 2
+SELECT aggregate_type, aggregate_id, parked,
+       CASE WHEN aggregate_id IS NULL THEN paused WHEN paused > 0 THEN parked ELSE 0 END AS held_by_pause
+FROM (
+  SELECT aggregate_type, aggregate_id, count(*) AS parked, count(*) FILTER (WHERE state = 'paused') AS paused
+  FROM relay.outbox_parked WHERE shard = $1 GROUP BY 1, 2
+) a
 
 -- name: park
 -- Parks rows: the head of an aggregate is tried again after a delay, what is behind it waits. Parking a parked row again changes nothing.
@@ -117,25 +136,34 @@ FROM unnest($2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::
 ON CONFLICT (id) DO NOTHING
 
 -- name: due_parked
--- The parked rows that may be tried now: of up to $2 due aggregates, their first rows in order, up to $3 rows each.
+-- The parked rows that may be tried now: of up to $2 due aggregates, their first rows in order, up to $3 rows each, and no
+-- further than the next row that has a fate of its own (it is tried at its own time, is stuck or paused).
+-- Of a row that an operator took out of the sequence, the place and not the content: it goes out as a tombstone.
 -- Ends before the row that exceeds $4 bytes, never before its first row.
 -- $1 shard, $2 aggregates, $3 rows of each, $4 bytes
 SELECT * FROM (
-SELECT sum(o.size) OVER (ORDER BY o.id) - o.size AS bytes_before, o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.size, o.content_type, o.headers::text AS headers,
-       o.routing_key, o.created_at, o.payload, o.body, r.attempts, r.reason
-FROM (
-  SELECT id, aggregate_type, aggregate_id FROM relay.outbox_parked
-  WHERE shard = $1 AND state = 'retrying' AND next_attempt_at <= now()
-  ORDER BY next_attempt_at LIMIT $2
-) due
-CROSS JOIN LATERAL (
-  SELECT id, attempts, reason FROM relay.outbox_parked WHERE id = due.id
-  UNION ALL
-  (SELECT id, 0, 'behind' FROM relay.outbox_parked p
-   WHERE p.aggregate_id = due.aggregate_id AND p.aggregate_type = due.aggregate_type AND p.id > due.id
-   ORDER BY p.seq LIMIT $3 - 1)
-) r
-JOIN relay.outbox o ON o.shard = $1 AND o.id = r.id
+  SELECT coalesce(sum(CASE WHEN t.id IS NULL THEN o.size END) OVER (ORDER BY o.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before,
+         o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.size, o.content_type, o.routing_key, o.created_at,
+         CASE WHEN t.id IS NULL THEN o.headers::text END AS headers, CASE WHEN t.id IS NULL THEN o.payload END AS payload,
+         CASE WHEN t.id IS NULL THEN o.body END AS body, t.id IS NOT NULL AS is_tombstone, r.attempts, r.reason
+  FROM (
+    SELECT id, aggregate_type, aggregate_id, seq FROM relay.outbox_parked
+    WHERE shard = $1 AND state = 'retrying' AND next_attempt_at <= now()
+    ORDER BY next_attempt_at LIMIT $2
+  ) due
+  CROSS JOIN LATERAL (
+    SELECT id, attempts, reason FROM relay.outbox_parked WHERE id = due.id
+    UNION ALL
+    SELECT b.id, 0, 'behind' FROM (
+      SELECT n.id, bool_and(n.state = 'waiting') OVER (ORDER BY n.seq) AS waiting FROM (
+        SELECT p.id, p.seq, p.state FROM relay.outbox_parked p
+        WHERE p.aggregate_id = due.aggregate_id AND p.aggregate_type = due.aggregate_type AND p.seq > due.seq
+        ORDER BY p.seq LIMIT $3 - 1
+      ) n
+    ) b WHERE b.waiting
+  ) r
+  JOIN relay.outbox o ON o.shard = $1 AND o.id = r.id
+  LEFT JOIN relay.outbox_tombstone t ON t.id = o.id
 ) page
 WHERE bytes_before < $4
 ORDER BY id
@@ -146,40 +174,54 @@ ORDER BY id
 SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 FROM relay.outbox_parked WHERE shard = $1 AND state = 'retrying'
 
 -- name: unpark
--- Removes rows that were published after all.
--- $1 ids (bigint[])
-DELETE FROM relay.outbox_parked WHERE id = ANY ($1::bigint[])
+-- Removes rows that were published after all. One that went out as it was, and was taken out of the sequence meanwhile, stays:
+-- its tombstone is still to go out. Call `fence` first: operators' acts hold the cursor's lock. Returns what was removed.
+-- $1 ids (bigint[]), $2 those of them that went out as a tombstone (bigint[])
+DELETE FROM relay.outbox_parked p
+WHERE p.id = ANY ($1::bigint[]) AND (p.id = ANY ($2::bigint[]) OR NOT EXISTS (SELECT FROM relay.outbox_tombstone t WHERE t.id = p.id))
+RETURNING p.id
 
 -- name: fence
 -- Whether we are still the owner; locks the cursor, so that the answer holds until the end of the transaction. No row: we are not.
--- $1 shard, $2 epoch, $3 highest id published now
-UPDATE relay.outbox_cursor SET high_id = greatest(high_id, $3) WHERE shard = $1 AND epoch = $2 RETURNING shard
+-- $1 shard, $2 epoch, $3 highest id published now, $4 messages confirmed now
+UPDATE relay.outbox_cursor SET high_id = greatest(high_id, $3), published = published + $4 WHERE shard = $1 AND epoch = $2 RETURNING shard
 
 -- name: delay_parked
--- A parked row was tried and refused again.
--- Arrays: $1 id, $2 reason, $3 detail, $4 state, $5 attempts, $6 delay until the next attempt (s, null when stuck)
+-- A parked row was tried and refused again. What was paused meanwhile stays paused; what was taken out of the sequence
+-- meanwhile is due at once, since what was refused is not what will be sent.
+-- Arrays: $1 id, $2 reason, $3 detail, $4 state, $5 attempts, $6 delay until the next attempt (s, null when stuck), $7 as a tombstone
 UPDATE relay.outbox_parked AS p
-SET reason = d.reason, detail = d.detail, state = d.state, attempts = d.attempts, next_attempt_at = now() + make_interval(secs => d.delay_s)
-FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::float8[]) AS d (id, reason, detail, state, attempts, delay_s)
-WHERE p.id = d.id
+SET reason = d.reason, detail = d.detail, attempts = d.attempts,
+    state = CASE WHEN p.state = 'paused' THEN 'paused' ELSE d.state END,
+    next_attempt_at = CASE WHEN p.state = 'paused' THEN NULL ELSE now() + make_interval(secs => d.delay_s) END
+FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::float8[], $7::boolean[])
+  AS d (id, reason, detail, state, attempts, delay_s, is_tombstone)
+WHERE p.id = d.id AND (d.is_tombstone OR NOT EXISTS (SELECT FROM relay.outbox_tombstone t WHERE t.id = p.id))
 
 -- name: promote_parked
--- After the head of an aggregate went out: the first row that is still parked becomes the head, due at once.
--- Returns the aggregates that are still blocked.
--- Arrays: $1 aggregate type, $2 aggregate id
+-- After the head of an aggregate went out: the first row that is still parked becomes the head, due at once unless it is paused.
+-- Returns the aggregates that are still blocked, and whether by a pause.
+-- $1 shard; arrays: $2 aggregate type, $3 aggregate id
 WITH head AS (
-  SELECT DISTINCT ON (p.aggregate_id, p.aggregate_type) p.id, p.aggregate_type, p.aggregate_id, p.state
-  FROM unnest($1::text[], $2::text[]) AS a (aggregate_type, aggregate_id)
-  JOIN relay.outbox_parked p USING (aggregate_id, aggregate_type)
-  ORDER BY p.aggregate_id, p.aggregate_type, p.seq
+  SELECT p.*, p.state = 'waiting' AS is_new, relay.outbox_is_paused(p.aggregate_type, p.aggregate_id, p.event_type) AS paused
+  FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)
+  CROSS JOIN LATERAL (
+    SELECT p.id, p.aggregate_type, p.aggregate_id, p.state,
+           (SELECT o.event_type FROM relay.outbox o WHERE o.shard = $1 AND o.id = p.id) AS event_type
+    FROM relay.outbox_parked p WHERE p.aggregate_id = a.aggregate_id AND p.aggregate_type = a.aggregate_type
+    ORDER BY p.seq LIMIT 1
+  ) p
 ), promoted AS (
-  UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now()
-  FROM head WHERE p.id = head.id AND head.state = 'waiting'
+  UPDATE relay.outbox_parked p
+  SET state = CASE WHEN head.paused THEN 'paused' ELSE 'retrying' END, next_attempt_at = CASE WHEN head.paused THEN NULL ELSE now() END,
+      reason = CASE WHEN head.paused THEN 'paused' ELSE p.reason END
+  FROM head WHERE p.id = head.id AND head.is_new
 )
-SELECT aggregate_type, aggregate_id FROM head
+SELECT aggregate_type, aggregate_id, state = 'paused' OR (is_new AND paused) AS paused FROM head
 
 -- name: promote_headless
 -- The first parked row of an aggregate that waits, though nothing is parked before it: an operator took the head away.
+-- If a pause holds it, `hold_paused` follows.
 -- $1 shard
 WITH first AS (
   SELECT DISTINCT ON (aggregate_id, aggregate_type) id, state FROM relay.outbox_parked
@@ -188,6 +230,23 @@ WITH first AS (
 )
 UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now()
 FROM first WHERE p.id = first.id AND first.state = 'waiting'
+
+-- name: hold_paused
+-- Rows that would be tried, and that an operator has paused since: they wait for the resume, whatever they were parked for.
+-- $1 shard
+UPDATE relay.outbox_parked p
+SET state = 'paused', next_attempt_at = NULL, reason = CASE p.reason WHEN 'behind' THEN 'paused' ELSE p.reason END
+FROM relay.outbox o
+WHERE p.shard = $1 AND p.state = 'retrying' AND o.shard = $1 AND o.id = p.id
+  AND relay.outbox_is_paused(p.aggregate_type, p.aggregate_id, o.event_type)
+
+-- name: release_paused
+-- Rows that no pause holds any more are due at once.
+-- $1 shard
+UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now()
+FROM relay.outbox o
+WHERE p.shard = $1 AND p.state = 'paused' AND o.shard = $1 AND o.id = p.id
+  AND NOT relay.outbox_is_paused(p.aggregate_type, p.aggregate_id, o.event_type)
 
 -- name: lock_log
 -- Keeps every writer out of the log until the end of the transaction: for re-basing after a restore.

@@ -448,7 +448,7 @@ async def test_a_row_that_hangs_alone_in_the_rest_of_a_backlog_does_not_hold_up_
 async def test_a_stuck_row_that_an_operator_frees_is_tried_again_and_what_waits_behind_nothing_is_released(
     database: str, broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.outbox.retry._RELOAD_S", 0.2)
+    monkeypatch.setattr("relay.outbox.blocked._RELOAD_S", 0.2)
     settings = settings_for(database, broker, outbox__max_attempts=1)
     async with audit(broker, "order.#") as witness, connected(database) as db, outbox_running(settings) as outbox:
         progress = await shard_of(outbox)

@@ -278,7 +278,7 @@ async def _move(dsn: str, target: SandboxPostgres, folder: Path) -> str:
 
     def move() -> str:
         _run(target, "pg_dump", "--format=custom", "-f", str(dump), dsn)  # the newer programs read the older server
-        for role in ("producer", "daemon", "consumer", "operator", "monitor"):
+        for role in ("producer", "daemon", "consumer", "taker", "operator", "monitor"):
             target.execute(
                 f"DO $$ BEGIN CREATE ROLE relay_{role} NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
             )

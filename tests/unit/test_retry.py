@@ -10,6 +10,8 @@ from typing import Any, cast
 import structlog
 
 from relay.message import Message, Row
+from relay.outbox.blocked import Blocked
+from relay.outbox.pause import Pauses
 from relay.outbox.progress import Progress
 from relay.outbox.retry import Retry
 from relay.outbox.routing import route
@@ -26,15 +28,19 @@ class Table:
         self.rows = due
         self.asked = 0
 
-    async def blocked(self) -> dict[Any, int]:
-        return {d.row.aggregate: 1 for d in self.rows}
+    async def pauses(self) -> Pauses:
+        return Pauses()
 
-    async def promote_headless(self) -> None: ...
+    async def blocked(self) -> dict[Any, tuple[int, int]]:
+        return {d.row.aggregate: (1, 0) for d in self.rows}
+
+    async def reconcile(self, _pauses: Pauses) -> bool:
+        return False
 
     async def next_attempt_s(self) -> float:
         return -1.0
 
-    async def due(self) -> list[Due]:
+    async def due(self, _aggregates: int) -> list[Due]:
         self.asked += 1
         return self.rows
 
@@ -60,8 +66,10 @@ async def test_more_suspects_than_are_tried_alone_at_once_do_not_make_it_spin() 
     def message(row: Row) -> Message:
         return route(row, source="s", template="{event_type}")
 
+    store = cast("Store", table)
     retry = Retry(
-        store=cast("Store", table),
+        store=store,
+        blocked=Blocked(store=store, shard=0),
         publisher=cast("Publisher", Hanging()),
         probe=probe,
         message=message,
@@ -70,7 +78,7 @@ async def test_more_suspects_than_are_tried_alone_at_once_do_not_make_it_spin() 
         wake=lambda: None,
         log=structlog.get_logger(),
     )
-    await retry.load()
+    await retry.look()
     for _ in range(50):
         await retry.step()
     assert table.asked == 2  # once to begin, once to see that the eleventh must wait

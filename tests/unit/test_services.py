@@ -44,8 +44,11 @@ async def test_services_are_ended_with_what_they_run_beside() -> None:
         finally:
             ended.set()
 
-    with pytest.raises(KeyError):
+    async def session() -> None:
         async with beside({"endless": service}, settings=SETTINGS, log=structlog.get_logger()):
             await asyncio.sleep(0)
             raise KeyError
+
+    with pytest.raises(KeyError):
+        await session()
     assert ended.is_set()
