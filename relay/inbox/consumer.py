@@ -12,20 +12,26 @@ from typing import Any
 
 import structlog
 
-from relay.errors import PostgresError, PostgresUnavailable, UnreadableMessage
+from relay.control import Control, is_control, to_control
+from relay.errors import PostgresError, PostgresUnavailable, RelayError, UnreadableMessage
 from relay.inbox.apply import Applier
 from relay.inbox.charges import Suspects
 from relay.inbox.database import Database
+from relay.inbox.figures import Figures
 from relay.inbox.handlers import Inbox
+from relay.inbox.healing import Healing
 from relay.inbox.pace import Pace
 from relay.inbox.sequencer import Arrival
+from relay.inbox.start import Start
 from relay.inbox.stats import Stats
 from relay.inbox.store import Stranger
 from relay.inbox.work import Batch, Rules
 from relay.message import Delivery, NotAnEvent, to_event
+from relay.postgres.errors import postgres_errors
 from relay.rabbitmq.contract import Consumer
 from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.stock_consumer import StockConsumer
+from relay.services import beside
 from relay.settings import Settings
 from relay.supervisor import WRONG_AT_START, supervise, until_stopped
 
@@ -48,6 +54,8 @@ async def run(
 ) -> Stats:
     """Apply events with the handlers of `inbox` until `stop` is set; return what was done in all.
 
+    With `inbox.mode = "store"` they are written into relay.inbox instead, and `inbox` is only the consumer's name.
+
     Reconnects by itself. After `stop` the batch in hand is finished and acknowledged, within `daemon.shutdown_grace_s`.
     `on_commit` is called after each committed batch with its counts, before the acknowledgement. Installs no signal
     handlers. Cancelling it rolls back what is not committed. Raises what waiting does not heal: SchemaError,
@@ -57,7 +65,8 @@ async def run(
     await supervise(
         daemon.look, name="start", settings=settings.daemon, stop=daemon.stop, log=log, fatal=WRONG_AT_START
     )
-    await supervise(daemon.session, name="inbox", settings=settings.daemon, stop=daemon.stop, log=log)
+    async with beside({"gaps": daemon.healing.run}, settings=settings.daemon, log=log):
+        await supervise(daemon.session, name="inbox", settings=settings.daemon, stop=daemon.stop, log=log)
     return daemon.total
 
 
@@ -67,22 +76,31 @@ class _Daemon:
         self.total = Stats()
         self._settings = settings
         self._on_commit = on_commit
-        self._rules = Rules(consumer=settings.inbox.consumer or inbox.name, inbox=inbox, settings=settings.inbox)
+        self._start = Start(inbox, settings.inbox)
+        self._rules = Rules(consumer=self._start.consumer, inbox=self._start.inbox, settings=settings.inbox)
+        self._figures = Figures(self._rules.consumer, asyncio.get_running_loop().time)
         self._queue = InboxQueue(
             name=settings.inbox.queue or self._rules.consumer,
             bindings=settings.inbox.bindings,
             delivery_limit=settings.inbox.delivery_limit,
         )
+        self.healing = Healing(
+            settings, consumer=self._rules.consumer, queue=self._queue.name, policy=self._rules.policy
+        )
         self._suspects = Suspects()
         self._careful = 0  # messages still to be received one at a time, see _consume
 
     async def look(self) -> None:
-        """Whether the database is there, has the schema, and lets us write."""
+        """Whether the database is there, has the schema and what the settings name, and lets us write."""
         await self._until_stopped(self._look())
 
     async def session(self) -> None:
         """One session, ended by `stop` (within the grace period) or by an error."""
-        await self._until_stopped(self._session())
+        try:
+            await self._until_stopped(self._session())
+        except RelayError as exc:
+            self._figures.failed(exc)
+            raise
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         grace_s = self._settings.daemon.shutdown_grace_s
@@ -91,6 +109,9 @@ class _Daemon:
     async def _look(self) -> None:
         async with self._database() as database:
             await Applier(database, self._rules).probe()
+            with postgres_errors():
+                await self._start.check(await database.connection())
+                await self._figures.write(await database.connection())
 
     async def _session(self) -> None:
         """PostgreSQL first: while it cannot be written to, no message is taken, so none wears out its delivery limit."""
@@ -100,6 +121,7 @@ class _Daemon:
             await applier.probe()
             while not self.stop.is_set():
                 await self._consume(database, applier)
+            await self._figures.tell(await database.connection())
         log.info("inbox_stopped", consumer=self._rules.consumer, applied=self.total.applied)
 
     async def _consume(self, database: Database, applier: Applier) -> None:
@@ -113,19 +135,24 @@ class _Daemon:
         try:
             async with self._consumer(prefetch) as consumer:
                 log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name, prefetch=prefetch)
-                await _Loop(self._settings, consumer, database, applier, self.stop, self._count, limit).run()
+                loop = _Loop(self._settings, consumer, database, applier, self._figures, self.stop, self._count, limit)
+                await loop.run()
         except UnreadableMessage:
             self._careful = self._settings.inbox.prefetch
             raise
 
     def _count(self, stats: Stats) -> None:
         self.total += stats
+        if stats.early or stats.behind or stats.control:
+            self.healing.expect()
+        self._figures.count(stats)
         self._careful = max(0, self._careful - stats.received)
         self._on_commit(stats)
 
     @asynccontextmanager
     async def _database(self) -> AsyncIterator[Database]:
-        database = Database(self._settings.postgres, application=f"relay inbox {self._rules.consumer}")
+        consumer = self._rules.consumer
+        database = Database(self._settings.postgres, application=f"relay inbox {consumer}", consumer=consumer)
         try:
             yield database
         except asyncio.CancelledError:
@@ -157,6 +184,7 @@ class _Loop:
         consumer: Consumer,
         database: Database,
         applier: Applier,
+        figures: Figures,
         stop: asyncio.Event,
         count: Callable[[Stats], None],
         limit: int | None = None,
@@ -165,6 +193,7 @@ class _Loop:
         self._consumer = consumer
         self._database = database
         self._applier = applier
+        self._figures = figures
         self._stop = stop
         self._count = count
         self._clock = asyncio.get_running_loop().time
@@ -178,11 +207,12 @@ class _Loop:
         """Until `stop`, or `limit` messages. Raises BrokerError or PostgresError when the session has ended."""
         with _waiting(self._stop.wait(), self._database.lost.wait()) as (stopping, lost):
             receiving = asyncio.create_task(self._consumer.receive(self._pace.limit))
+            operated = asyncio.create_task(self._database.operated.wait())
             try:
                 while not self._stop.is_set() and (self._left is None or self._left > 0):
                     await asyncio.wait(
-                        [receiving, stopping, lost],
-                        timeout=max(0.0, self._retry_at - self._clock()),
+                        [receiving, stopping, lost, operated],
+                        timeout=max(0.0, min(self._retry_at - self._clock(), self._figures.due_in_s)),
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                     if self._database.lost.is_set():
@@ -190,10 +220,15 @@ class _Loop:
                     if receiving.done() and not self._stop.is_set():
                         await self._deliver(receiving.result())
                         receiving = asyncio.create_task(self._consumer.receive(self._pace.limit))
+                    if operated.done():
+                        self._database.operated.clear()
+                        self._retry_at = self._sweep_at = 0.0
+                        operated = asyncio.create_task(self._database.operated.wait())
                     await self._housekeeping()
             finally:
                 receiving.cancel()
-                await asyncio.gather(receiving, return_exceptions=True)
+                operated.cancel()
+                await asyncio.gather(receiving, operated, return_exceptions=True)
 
     async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         """Apply, then acknowledge: a crash in between means a redelivery, which the cursors recognise."""
@@ -217,7 +252,7 @@ class _Loop:
             self._count(replace(self._applier.done, batches=1))
 
     async def _housekeeping(self) -> None:
-        """Retry what is due, forget what is old; mostly a comparison with the clock."""
+        """Retry what is due, forget what is old, tell how it goes; mostly a comparison with the clock."""
         if self._stop.is_set():
             return
         if self._clock() >= self._sweep_at:
@@ -233,6 +268,8 @@ class _Loop:
         if self._clock() >= self._purge_at:
             await self._applier.purge_seen()
             self._purge_at = self._clock() + _PURGE_INTERVAL_S
+        if self._figures.due_in_s <= 0:
+            await self._figures.tell(await self._database.connection())
 
     async def _due_in_s(self) -> float:
         """Seconds until the earliest held message is due, by the database's clock, or until the next look."""
@@ -243,8 +280,12 @@ class _Loop:
 def _understood(deliveries: Sequence[Delivery]) -> Batch:
     arrivals: list[Arrival] = []
     strangers: list[Stranger] = []
+    controls: list[Control] = []
     for delivery in deliveries:
         try:
+            if is_control(delivery):
+                controls.append(to_control(delivery))
+                continue
             event = to_event(delivery)
         except NotAnEvent as exc:
             log.warning("quarantined", reason=exc.reason, detail=exc.detail, routing_key=delivery.routing_key)
@@ -253,7 +294,7 @@ def _understood(deliveries: Sequence[Delivery]) -> Batch:
             arrivals.append(
                 Arrival(event=event, tag=delivery.tag, exchange=delivery.exchange, routing_key=delivery.routing_key)
             )
-    return Batch(arrivals=arrivals, strangers=strangers)
+    return Batch(arrivals=arrivals, strangers=strangers, controls=controls)
 
 
 @contextmanager

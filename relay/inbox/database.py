@@ -15,19 +15,27 @@ from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
 
+OPERATE_CHANNEL = "relay_inbox_operate"
+"""Operators notify here, with the consumer's name: only a hint, to look at once for what they have released."""
+
 _CHECK_INTERVAL = "2000"  # ms
 _END_TIMEOUT_MS = 5000
 
 
 class Database:
-    """One connection, opened at need and replaced after a handler made it unfit. `lost` is set when it breaks by itself."""
+    """One connection, opened at need and replaced after a handler made it unfit. `lost` is set when it breaks by itself.
 
-    def __init__(self, settings: PostgresSettings, *, application: str) -> None:
+    `operated` is set by an operator's notification for the consumer; whoever waits for it clears it.
+    """
+
+    def __init__(self, settings: PostgresSettings, *, application: str, consumer: str = "") -> None:
         self._settings = settings
         self._application = application
         self._connection: Connection | None = None
         self._cut: list[int] = []  # process ids of backends that may still be at work for us
+        self._consumer = consumer
         self.lost = asyncio.Event()
+        self.operated = asyncio.Event()
 
     async def connection(self) -> Connection:
         """The connection; the schema is checked when it is opened. Raises PostgresError."""
@@ -38,6 +46,7 @@ class Database:
             await require_current(opened)
             with postgres_errors():
                 await self._outlive_nothing(opened)
+                await opened.add_listener(OPERATE_CHANNEL, self._on_operate)
         return self._connection
 
     async def _outlive_nothing(self, opened: Connection) -> None:
@@ -118,6 +127,10 @@ class Database:
             await transaction.rollback()
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
             self.discard()
+
+    def _on_operate(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        if payload == self._consumer:
+            self.operated.set()
 
     def _on_termination(self, connection: object) -> None:
         if connection is self._connection or getattr(connection, "_con", None) is self._connection:

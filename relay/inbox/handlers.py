@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from asyncio import Event as StopEvent
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,6 +46,7 @@ class Inbox:
             )
         self.name = name
         self._handlers: dict[tuple[str | None, str], Handler] = {}
+        self._others: Handler | None = None
 
     def on(self, *event_types: str, aggregate_type: str | None = None) -> Callable[[_H], _H]:
         """Register a coroutine function for event types, of one aggregate type or of all.
@@ -68,12 +69,30 @@ class Inbox:
     def handler(self, event: Event) -> Handler | None:
         """The handler of an event; None: skip it."""
         specific = self._handlers.get((event.aggregate_type, event.event_type))
-        return specific or self._handlers.get((None, event.event_type))
+        return specific or self._handlers.get((None, event.event_type)) or self._others
 
     @property
     def event_types(self) -> frozenset[str]:
         """The event types that have a handler."""
         return frozenset(event_type for _, event_type in self._handlers)
+
+    def with_functions(self, functions: Mapping[str, Handler]) -> Inbox:
+        """The same inbox with handlers from the settings beside its own: by event type, and `*` for all that have none.
+
+        Raises ConfigError for an event type that has a handler already, of whatever aggregate type.
+        """
+        joined = Inbox(self.name)
+        joined._handlers = dict(self._handlers)
+        for event_type, function in functions.items():
+            if event_type == "*":
+                joined._others = function
+            elif event_type in self.event_types:
+                raise ConfigError(
+                    f"two handlers for {event_type}: {_name(function)} of inbox.functions and one of Inbox({self.name!r})"
+                )
+            else:
+                joined._add((None, event_type), function)
+        return joined
 
     async def run(
         self, settings: Settings, *, stop: StopEvent | None = None, on_commit: Callable[[Stats], None] | None = None

@@ -13,7 +13,7 @@ class Stats:
     """
 
     received: int = 0  # deliveries from the broker
-    applied: int = 0  # handler ran and committed; of deliveries, and of held messages that followed
+    applied: int = 0  # handler ran (or it was stored) and committed; of deliveries, and of held messages that followed
     skipped: int = 0  # took their number without a handler: tombstones, event types nobody handles
     duplicates: int = 0  # applied or held before
     stale: int = 0  # policy latest: a newer one was applied before
@@ -22,6 +22,7 @@ class Stats:
     failed: int = 0  # failures of handlers; each message is held and tried again
     stuck: int = 0  # of the failures, those that were the last: they wait for an operator
     quarantined: int = 0  # foreign, malformed or contradicting
+    control: int = 0  # marks and answers of relays: for the inbox itself, not for a handler
     batches: int = 0  # rounds of the loop
 
     @property

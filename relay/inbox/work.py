@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import structlog
 
+from relay.control import Control, Gone, Marks
+from relay.inbox import gaps
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import (
@@ -20,6 +22,7 @@ from relay.inbox.handlers import Inbox
 from relay.inbox.sequencer import Arrival, Cursor, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
 from relay.inbox.stats import Stats, Tally
 from relay.inbox.store import LOCK_TIMEOUT_S, Conflict, Due, Hold, Store, Stranger
+from relay.inbox.stored import Stored
 from relay.message import Event
 from relay.postgres.connect import Connection
 from relay.settings import InboxSettings
@@ -81,10 +84,15 @@ class Batch:
 
     arrivals: Sequence[Arrival] = ()  # in the broker's order
     strangers: Sequence[Stranger] = ()  # not events: to the quarantine
+    controls: Sequence[Control] = ()  # for the inbox itself
     due: Sequence[Due] = ()  # held messages whose time has come
 
     def __bool__(self) -> bool:
-        return bool(self.arrivals or self.strangers or self.due)
+        return bool(self.arrivals or self.strangers or self.controls or self.due)
+
+    def without_events(self) -> Batch:
+        """What is left when its events are dealt with apart."""
+        return Batch(strangers=self.strangers, controls=self.controls)
 
 
 class Work:
@@ -113,6 +121,7 @@ class Work:
         self._store = Store(
             connection, rules.consumer, lock_timeout_s=LOCK_TIMEOUT_S + rules.settings.handler_timeout_s
         )
+        self._stored = Stored(connection, rules.consumer) if rules.settings.mode == "store" else None
         self._lines: dict[Key, Line] = {}
         self._fresh: set[tuple[str, str]] = set()
         self._errors: dict[tuple[str, int], str] = {}
@@ -123,6 +132,7 @@ class Work:
         self._failures: list[Hold] = []
         self._conflicts: list[Conflict] = []
         self._cleared: list[Arrival] = []
+        self._stuck: list[tuple[Key, str]] = []
         self._tally = Tally()
         self._caller = Caller(connection, self._store, charges, timeout_s=rules.settings.handler_timeout_s)
         self.leaves_due = False  # held successors were left to the retry timer
@@ -143,6 +153,7 @@ class Work:
             await self._take(arrival)
         await self._follow()
         await self._write()
+        await self._heed(batch.controls)
         if await self._store.transaction_id() != transaction:
             raise CommitFailed("HandlerError: a handler ended the inbox's transaction")
         return self._tally.stats()
@@ -157,6 +168,10 @@ class Work:
             self._log_failure(hold)
         for conflict in self._conflicts:
             self._log_conflict(conflict)
+        for key, detail in self._stuck:
+            log.error(
+                "gap_stuck", consumer=self._rules.consumer, source=key[0], aggregate="/".join(key[1:]), reason=detail
+            )
 
     async def _lock(self, batch: Batch) -> None:
         ordered = {key for a in batch.arrivals if self._rules.is_ordered(a.event) and (key := key_of(a.event))}
@@ -256,7 +271,24 @@ class Work:
             {k: line.cursor for k, line in self._lines.items() if line.cursor != line.before}
         )
         await self._store.quarantine(self._strangers)
+        if self._stored is not None:
+            await self._stored.write()
         self._tally.add("quarantined", len(self._strangers))
+
+    async def _heed(self, controls: Sequence[Control]) -> None:
+        """Marks and answers of relays: after the cursors are written, since what they speak of may be in the same batch."""
+        if not controls:
+            return
+        self._tally.add("control", len(controls))
+        consumer, policy = self._rules.consumer, self._rules.policy
+        marks = gaps.newest(
+            (c for c in controls if isinstance(c, Marks)), is_ordered=lambda kind: policy(kind) != "none"
+        )
+        await gaps.note_marks(self._connection, consumer, marks, alert_s=self._rules.settings.gap_alert_after_s)
+        answers = [c for c in controls if isinstance(c, Gone)]
+        keys = {(c.source, *r.aggregate) for c in answers for r in c.ranges}
+        known = await gaps.states(self._connection, consumer, keys, is_latest=lambda kind: policy(kind) == "latest")
+        self._stuck += await gaps.stick(self._connection, consumer, gaps.stuck_details(answers, known))
 
     def _known_digests(self, key: Key, line: Line) -> dict[int, bytes]:
         """What has been applied under which number, as far as something else may be held under it."""
@@ -327,7 +359,11 @@ class Work:
         )
 
     async def _succeeds(self, arrival: Arrival) -> bool:
-        """Apply one event. False: its handler failed, and its effects are rolled back."""
+        """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
+        if self._stored is not None and not arrival.event.is_tombstone:
+            await self._stored.add(arrival.event)
+            self._tally.add("applied")
+            return True
         handler = None if arrival.event.is_tombstone else self._rules.inbox.handler(arrival.event)
         if handler is None:
             self._tally.add("skipped")
