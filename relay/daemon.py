@@ -14,8 +14,10 @@ import structlog
 
 from relay.errors import ConfigError, RelayError, SchemaError
 from relay.outbox.lease import Ownership, wait_for_ownership
+from relay.outbox.marks import MarksService, Pace
 from relay.outbox.progress import Failure, Progress
 from relay.outbox.reader import Reader
+from relay.outbox.repair import Repair
 from relay.outbox.shard import Shard
 from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
@@ -44,6 +46,7 @@ class Outbox:
     progress: dict[int, Progress] = field(default_factory=dict)  # by shard, complete once `started` is set
     started: asyncio.Event = field(default_factory=asyncio.Event)
     parked: int = 0  # rows left parked when it ended
+    marks_pace: Pace = field(default_factory=Pace)  # how often inboxes are told how far it has published
 
     @property
     def paused(self) -> bool:
@@ -132,9 +135,15 @@ class Outbox:
             await store.note_failure(failure.error, asyncio.get_running_loop().time() - failure.at)
             self.progress[shard].failure = None
 
-    def _services(self, ownership: Ownership, source: str) -> dict[str, Service]:  # noqa: ARG002 - its services follow
+    def _services(self, ownership: Ownership, source: str) -> dict[str, Service]:
         """What the owner of a shard does beside publishing, by name: see relay.services."""
         services: dict[str, Service] = {}
+        if self.settings.outbox.repair:
+            recent = self.progress[ownership.shard].recent
+            services["repair"] = Repair(self.settings, source=source).run
+            services["marks"] = MarksService(
+                self.settings, shard=ownership.shard, source=source, recent=recent, pace=self.marks_pace
+            ).run
         return services
 
     def _pipeline(

@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
+from relay.outbox.recent import Recent
+
 _RATE_S = 10.0
 """What "lately" means for a rate."""
 
@@ -48,6 +50,7 @@ class Progress:
 
     confirmed: int = 0  # published and unparked, at once: the others are counted when the database knows
     rate: Rate = field(default_factory=Rate)
+    recent: Recent = field(default_factory=Recent)  # for the marks
     failure: Failure | None = None  # that the database has not been told of
     shard_is_paused: bool = False  # by an operator
 

@@ -182,6 +182,7 @@ class Retry:
         self._blocked.release(gone, {aggregate for aggregate in touched if aggregate is not None}, still)
         self._progress.unparked += gone
         self._progress.confirmed += len(published)
+        self._progress.recent.note(published)
         self._progress.changed.set()
         self._log.info("retried", published=len(published), refused=len(refused), still_parked=self._blocked.rows)
         for parked, attempts in refused:

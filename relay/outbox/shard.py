@@ -164,6 +164,7 @@ class Shard:
         self._dirty = self._dirty or settlement.settled > 0
         await self._checkpoint(settlement.parked, force=not whole)
         self._count(settlement.settled, len(settlement.confirmed), settlement.parked)
+        self._progress.recent.note(settlement.confirmed)
         if not whole or self._publisher.lost is not None:
             self._end_session(len(page.rows) - settlement.settled)
 
