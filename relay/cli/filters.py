@@ -52,11 +52,11 @@ def moment(_: click.Context, __: click.Parameter, value: str | None) -> datetime
     """Callback of an option: a time as ISO 8601 (UTC unless it names an offset), or how long ago: `2h`."""
     if value is None:
         return None
-    if (match := _DURATION.fullmatch(value)) is not None and match[2]:
-        return datetime.now(UTC) - timedelta(seconds=float(match[1]) * _UNITS[match[2]])
     try:
+        if (match := _DURATION.fullmatch(value)) is not None and match[2]:
+            return datetime.now(UTC) - timedelta(seconds=float(match[1]) * _UNITS[match[2]])
         read = datetime.fromisoformat(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise click.BadParameter(
             f"{value!r} is not a time: write for example 2026-03-01T03:00 (UTC), 2026-03-01T03:00+01:00, or 2h for two hours ago"
         ) from None
@@ -94,7 +94,7 @@ def selecting(
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def collect(*args: Any, **kwargs: Any) -> Any:
-            selection = _selection({name: kwargs.pop(name, None) for name in _PARAMETERS})
+            selection = _selection({name: kwargs.pop(name, None) for name in _PARAMETERS if name not in without})
             if act:
                 selection.require_bounds()
             else:
@@ -129,23 +129,23 @@ _PARAMETERS = (
 
 
 def _selection(given: dict[str, Any]) -> Selection:
-    first, last = given["seq"] or (None, None)
+    first, last = given.get("seq") or (None, None)
     return Selection(
-        aggregate=given["aggregate"],
-        aggregate_type=given["aggregate_type"],
-        event_type=given["event_type"],
-        cause=given["cause"],
-        state=given["state"],
-        error=given["error"],
-        older_than_s=given["older_than"],
-        since=given["since"],
-        until=given["until"],
+        aggregate=given.get("aggregate"),
+        aggregate_type=given.get("aggregate_type"),
+        event_type=given.get("event_type"),
+        cause=given.get("cause"),
+        state=given.get("state"),
+        error=given.get("error"),
+        older_than_s=given.get("older_than"),
+        since=given.get("since"),
+        until=given.get("until"),
         from_seq=first,
         to_seq=last,
-        ids=tuple(given["ids"]) if given["ids"] else None,
-        source=given["source"],
-        consumer=given["consumer"],
-        everything=bool(given["everything"]),
+        ids=tuple(given["ids"]) if given.get("ids") else None,
+        source=given.get("source"),
+        consumer=given.get("consumer"),
+        everything=bool(given.get("everything")),
     )
 
 
