@@ -230,8 +230,16 @@ async def _bury(
     held = await connection.fetch(
         query("bury_held"), plan.consumer, plan.ids, lines, reason, detail, TOMBSTONE, TOMBSTONE_CONTENT_TYPE, digest
     )
+    await lock_first_stored(connection, plan.consumer, plan.stored_ids)
     stored = await connection.fetch(query("set_given_back_aside"), plan.consumer, plan.stored_ids, reason, detail)
     return [*held, *stored]
+
+
+async def lock_first_stored(connection: Connection, consumer: str | None, ids: Sequence[int]) -> None:
+    """Keep takers from the aggregates of these stored messages; waits for those that are at work."""
+    before, locked = None, [] if not ids else await connection.fetch(query("lock_first_stored"), consumer, ids)
+    while locked and locked != before:
+        before, locked = locked, await connection.fetch(query("lock_first_stored"), consumer, ids)
 
 
 def set_aside_by(operator: Operator, reason: str) -> str:
@@ -248,6 +256,8 @@ async def _finish(
     aggregates = aggregates_of(rows)
     audit_id = await act.record(connection, operator, len(rows), aggregates)
     await connection.execute(query("notify_inbox"), plan.consumer)
+    if plan.stored_ids:
+        await connection.execute(query("notify_stored"), plan.consumer)  # for takers that sleep
     gone = plan.rows - len(rows)
     notes = [f"{counted(gone, 'message')} went through meanwhile"] if gone else []
     return Done(rows=len(rows), aggregates=len(aggregates), audit_id=audit_id, notes=[*notes, next_])

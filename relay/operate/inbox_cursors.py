@@ -10,7 +10,7 @@ from relay.errors import ConfigError, NothingSelected
 from relay.message import TOMBSTONE
 from relay.operate.act import SAMPLE, Done, Plan, aggregates_of, counted, nothing, place_filters
 from relay.operate.audit import Operator
-from relay.operate.inbox_acts import InboxAct, set_aside_by
+from relay.operate.inbox_acts import InboxAct, lock_first_stored, set_aside_by
 from relay.operate.selection import Selection, aggregate_text
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -146,7 +146,7 @@ class Reset(InboxAct):
         rows = await connection.fetch(query("reset_cursors"), *self._filters(plan.consumer))
         if not rows:
             raise nothing(self.selection, "all of it was reset meanwhile")
-        untaken = rows[0]["untaken"]
+        untaken = await self._drop_stored(connection, plan.consumer)
         if self._forgets_unordered:
             await connection.execute(query("forget_seen"), plan.consumer, self.selection.source)
             await connection.execute(query("forget_stored_unordered"), plan.consumer, self.selection.source)
@@ -155,9 +155,17 @@ class Reset(InboxAct):
         await connection.execute(query("notify_inbox"), plan.consumer)
         notes = []
         if untaken:
-            notes.append(f"{counted(untaken, 'stored message')} that nobody had taken were removed: they come again")
+            notes.append(
+                f"{counted(untaken, 'stored message')} that nobody had taken were removed: they are stored again"
+            )
         notes.append(f"next: `relay replay --to-queue {plan.consumer}` at the producer sends the events again")
         return Done(rows=len(rows), aggregates=len(aggregates), audit_id=audit_id, notes=notes)
+
+    async def _drop_stored(self, connection: Connection, consumer: str | None) -> int:
+        """Store mode: what nobody has taken yet would be there twice."""
+        ids = [r["id"] for r in await connection.fetch(query("select_stored_again"), consumer)]
+        await lock_first_stored(connection, consumer, ids)
+        return len(await connection.fetch(query("drop_stored"), consumer, ids)) if ids else 0
 
     @property
     def _forgets_unordered(self) -> bool:

@@ -254,6 +254,22 @@ WITH doomed AS MATERIALIZED (
 )
 SELECT aggregate_type, aggregate_id FROM doomed
 
+-- name: lock_first_stored
+-- The first rows of the aggregates of these stored messages: the lock that takers, and whoever deletes, exclude each other by.
+-- Waits for a taker. What it took is gone then, and another row is the first: ask again until the answer stays the same.
+-- $1 consumer, $2 ids (bigint[])
+SELECT i.id FROM relay.inbox i
+WHERE i.id = ANY (ARRAY(
+  SELECT first.id
+  FROM (SELECT DISTINCT source, aggregate_type, aggregate_id FROM relay.inbox
+        WHERE id = ANY ($2::bigint[]) AND consumer = $1 AND aggregate_id IS NOT NULL) AS a
+  CROSS JOIN LATERAL (
+    SELECT f.id FROM relay.inbox f
+    WHERE f.aggregate_id = a.aggregate_id AND f.aggregate_type = a.aggregate_type AND f.source = a.source AND f.consumer = $1
+    ORDER BY f.seq LIMIT 1
+  ) AS first))
+ORDER BY i.id FOR UPDATE
+
 -- name: set_given_back_aside
 -- Store mode: what its taker gave back goes to the quarantine; its successors can be taken then.
 -- $1 consumer, $2 ids (bigint[]), $3 skipped or purged, $4 detail
@@ -344,7 +360,7 @@ SELECT (SELECT count(*) FROM chosen) AS cursors,
 
 -- name: reset_cursors
 -- Moves cursors back, one lock after the other in the order in which the daemons take theirs. What is held waits again as early;
--- what was stored and not taken goes, because it will be stored again; a gap is found again.
+-- a gap is found again.
 -- $1 to $4 aggregate as for `select_parked`, $5 aggregate type, $6 source; null: any; $7 consumer, $8 seq
 WITH chosen AS MATERIALIZED (
   SELECT source, aggregate_type, aggregate_id FROM relay.inbox_aggregate
@@ -363,16 +379,26 @@ WITH chosen AS MATERIALIZED (
   FROM chosen c
   WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = c.aggregate_type AND h.source = c.source AND h.consumer = $7
     AND h.seq IS NOT NULL
-), untaken AS (
-  DELETE FROM relay.inbox i USING chosen c
-  WHERE i.aggregate_id = c.aggregate_id AND i.aggregate_type = c.aggregate_type AND i.source = c.source AND i.consumer = $7
-    AND i.seq > $8
-  RETURNING i.id
 ), gaps AS (
   DELETE FROM relay.inbox_gap g USING chosen c
   WHERE g.aggregate_id = c.aggregate_id AND g.aggregate_type = c.aggregate_type AND g.source = c.source AND g.consumer = $7
 )
-SELECT aggregate_type, aggregate_id, (SELECT count(*) FROM untaken) AS untaken FROM chosen
+SELECT aggregate_type, aggregate_id FROM chosen
+
+-- name: select_stored_again
+-- What was stored, has not been taken, and is beyond its cursor after a reset: it will be stored again.
+-- $1 consumer
+SELECT i.id FROM relay.inbox i
+CROSS JOIN LATERAL (
+  SELECT FROM relay.inbox_aggregate a
+  WHERE a.aggregate_id = i.aggregate_id AND a.aggregate_type = i.aggregate_type AND a.source = i.source AND a.consumer = $1
+    AND a.last_seq < i.seq
+) AS beyond
+WHERE i.consumer = $1
+
+-- name: drop_stored
+-- $1 consumer, $2 ids (bigint[])
+DELETE FROM relay.inbox WHERE consumer = $1 AND id = ANY ($2::bigint[]) RETURNING id
 
 -- name: forget_seen
 -- Messages without an aggregate are applied again when they come again; never one that is still held.
