@@ -74,10 +74,10 @@ class Applier:
                     refused = exc
                     break
                 apart += units
-                batch = Batch(strangers=batch.strangers)
+                batch = batch.without_events()
             if len(apart) >= _SPLITS:
                 apart += self._units(batch)
-                batch = Batch(strangers=batch.strangers)
+                batch = batch.without_events()
         for single in apart:
             await self._alone(single, charges)
         if refused is not None:
