@@ -18,6 +18,7 @@ from relay.outbox.marks import MarksService, Pace
 from relay.outbox.progress import Failure, Progress
 from relay.outbox.reader import Reader
 from relay.outbox.repair import Repair
+from relay.outbox.retention import Retention
 from relay.outbox.shard import Shard
 from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
@@ -47,6 +48,13 @@ class Outbox:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     parked: int = 0  # rows left parked when it ended
     marks_pace: Pace = field(default_factory=Pace)  # how often inboxes are told how far it has published
+    retention: Retention = field(init=False)  # remembers over sessions which slots to leave alone for a while
+
+    def __post_init__(self) -> None:
+        self.retention = Retention(
+            lambda: connection(self.settings.postgres, application="relay retention"),
+            retention_s=self.settings.outbox.retention_s,
+        )
 
     @property
     def paused(self) -> bool:
@@ -124,9 +132,18 @@ class Outbox:
                 async with self._publisher(shard) as publisher, _waker(wakeup, self.stop, publisher):
                     pipeline = self._pipeline(ownership, reading, store, publisher, wakeup, source)
                     self.parked = await pipeline.run(drain=drain)
+                if drain and shard == 0:
+                    await self._sweep_once()
         log.info(
             "drained" if drain else "stopped", shard=shard, published=self.progress[shard].published, parked=self.parked
         )
+
+    async def _sweep_once(self) -> None:
+        """For a log that is only ever drained, by a timer: its slots are to be emptied as well."""
+        try:
+            await self.retention.sweep()
+        except RelayError as exc:
+            log.warning("service_failed", service="retention", error=type(exc).__name__, reason=str(exc))
 
     async def _tell_failure(self, store: Store, shard: int) -> None:
         """Write down what ended the session before, for `relay status`."""
@@ -138,6 +155,8 @@ class Outbox:
     def _services(self, ownership: Ownership, source: str) -> dict[str, Service]:
         """What the owner of a shard does beside publishing, by name: see relay.services."""
         services: dict[str, Service] = {}
+        if ownership.shard == 0:  # the ring is the whole log's, not a shard's
+            services["retention"] = self.retention.run
         if self.settings.outbox.repair:
             recent = self.progress[ownership.shard].recent
             services["repair"] = Repair(self.settings, source=source).run

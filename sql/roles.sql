@@ -37,6 +37,8 @@ GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;
 GRANT SELECT ON relay.outbox_pause, relay.outbox_tombstone TO relay_daemon;
 GRANT DELETE ON relay.outbox_tombstone TO relay_daemon;  -- of rows whose slot was emptied
 GRANT TRUNCATE ON relay.outbox_0, relay.outbox_1, relay.outbox_2, relay.outbox_3 TO relay_daemon;  -- retention empties one of them
+GRANT SELECT ON relay.outbox_replay TO relay_daemon;  -- an unfinished one keeps the slots that it is still to read
+GRANT EXECUTE ON FUNCTION relay.outbox_slot_is_needed(smallint), relay.outbox_empty_slot(smallint, pg_snapshot) TO relay_daemon;
 GRANT EXECUTE ON FUNCTION relay.outbox_is_paused(text, text, text) TO relay_daemon, relay_operator, relay_monitor;
 GRANT EXECUTE ON FUNCTION relay.outbox_is_read(xid8, bigint, pg_snapshot, pg_snapshot, bigint) TO relay_daemon, relay_operator, relay_monitor;
 

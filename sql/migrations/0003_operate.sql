@@ -108,3 +108,62 @@ CREATE TABLE relay.outbox_replay (
   updated_at timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT outbox_replay_state_is_known CHECK (state IN ('unfinished', 'done', 'abandoned'))
 );
+
+-- Why a slot of the ring must be kept, whatever the age of its rows; null: for no reason. Looks only at indexes.
+CREATE FUNCTION relay.outbox_slot_is_needed(slot smallint) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+  WITH bounds AS MATERIALIZED (
+    SELECT min(first_id) AS first_id, max(last_id) AS last_id
+    FROM relay.outbox_cursor c CROSS JOIN LATERAL (
+      SELECT (SELECT o.id FROM relay.outbox o WHERE o.slot = $1 AND o.shard = c.shard ORDER BY o.id LIMIT 1) AS first_id,
+             (SELECT o.id FROM relay.outbox o WHERE o.slot = $1 AND o.shard = c.shard ORDER BY o.id DESC LIMIT 1) AS last_id
+    ) s
+  )
+  SELECT CASE
+    WHEN $1 = extract(epoch FROM clock_timestamp())::bigint / 172800 % 4 THEN 'current'
+    WHEN EXISTS (
+      SELECT FROM relay.outbox_cursor c
+      WHERE EXISTS (SELECT FROM relay.outbox o WHERE o.slot = $1 AND o.shard = c.shard AND o.xid >= pg_snapshot_xmax(c.snapshot))
+         OR EXISTS (SELECT FROM pg_snapshot_xip(c.snapshot) AS x
+                    WHERE EXISTS (SELECT FROM relay.outbox o WHERE o.slot = $1 AND o.shard = c.shard AND o.xid = x OFFSET 0))
+    ) THEN 'unpublished'
+    WHEN EXISTS (
+      SELECT FROM bounds b JOIN relay.outbox_parked p ON p.id BETWEEN b.first_id AND b.last_id
+      WHERE EXISTS (SELECT FROM relay.outbox o WHERE o.slot = $1 AND o.shard = p.shard AND o.id = p.id OFFSET 0)
+    ) THEN 'parked'
+    WHEN EXISTS (
+      SELECT FROM bounds b JOIN relay.outbox_replay r ON r.after_id < b.last_id AND r.last_id >= b.first_id
+      WHERE r.state = 'unfinished'
+    ) THEN 'replay'
+  END
+$$;
+
+-- Empties a slot and returns null, or returns why it cannot. `seen`: in this snapshot all rows of the slot were read and found old.
+-- One statement, so that the lock that keeps everybody from reading the log never waits for a client; and a short wait for it.
+CREATE FUNCTION relay.outbox_empty_slot(slot smallint, seen pg_snapshot) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET lock_timeout = '200ms' AS $$
+DECLARE
+  leaf constant text := format('relay.outbox_%s', slot);
+  reason text;
+BEGIN
+  BEGIN
+    EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', leaf);
+  EXCEPTION WHEN lock_not_available THEN
+    RETURN 'locked';  -- by a producer that has written into it and not ended, or by somebody who reads for long
+  END;
+  -- Every row that is in it now is committed, and each statement from here on sees all of them.
+  reason := relay.outbox_slot_is_needed(slot);
+  IF reason IS NULL AND EXISTS (
+    SELECT FROM relay.outbox_cursor c
+    WHERE EXISTS (SELECT FROM relay.outbox o WHERE o.slot = outbox_empty_slot.slot AND o.shard = c.shard AND o.xid >= pg_snapshot_xmax(seen))
+       OR EXISTS (SELECT FROM pg_snapshot_xip(seen) AS x
+                  WHERE EXISTS (SELECT FROM relay.outbox o WHERE o.slot = outbox_empty_slot.slot AND o.shard = c.shard AND o.xid = x OFFSET 0))
+  ) THEN
+    reason := 'arriving';  -- rows that the scan has not seen
+  END IF;
+  IF reason IS NULL THEN
+    EXECUTE format('TRUNCATE ONLY %s', leaf);
+  END IF;
+  RETURN reason;
+END
+$$;
