@@ -169,7 +169,7 @@ class OutboxSettings(_Section):
     retention_s: float = Field(
         4 * 86400,
         ge=0,
-        le=6 * 86400,
+        le=5 * 86400,  # the ring goes round in eight days, two of them a slot's own: the rest is the time to empty it in
         description="Published rows are kept at least this long, for replay and gap repair; then their slot of two days is emptied as a whole.",
     )
     repair: bool = Field(
@@ -393,9 +393,9 @@ def _is_section(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, _Section)
 
 
-# Read by other parts of the program (sandbox, tests), or put there by Kubernetes for Services named relay or relay-...: not settings.
+# Read by other parts of the program (sandbox, tests, `relay inbox seed`), or put there by Kubernetes for Services named relay or relay-...: not settings.
 _NOT_SETTINGS = re.compile(
-    r"RELAY_((SANDBOX|TEST)_\w+|CONFIG)=.*|RELAY_(\w+_)?SERVICE(_\w+)?=.*"
+    r"RELAY_((SANDBOX|TEST)_\w+|CONFIG|PRODUCER_DSN(_FILE)?)=.*|RELAY_(\w+_)?SERVICE(_\w+)?=.*"
     r"|RELAY_(\w+_)?PORT(_\d+_\w+=.*|=(tcp|udp|sctp)://.*)",
     re.DOTALL,
 )

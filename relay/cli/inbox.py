@@ -9,6 +9,7 @@ import click
 
 from relay.cli import inbox_acts, inbox_look
 from relay.cli.options import config_option, set_option, settings_from
+from relay.cli.seed import seed_command
 from relay.cli.signals import stop_on_signals
 from relay.errors import ConfigError
 from relay.inbox import Inbox, load
@@ -87,3 +88,4 @@ for command in inbox_acts.COMMANDS:
     inbox.add_command(command)
 for command in (inbox_look.held, inbox_look.gaps, inbox_look.quarantine):
     inbox.add_command(command)
+inbox.add_command(seed_command)

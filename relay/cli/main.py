@@ -9,13 +9,20 @@ from pathlib import Path
 
 import click
 
+from relay.cli import outbox_acts
 from relay.cli.bench import bench
+from relay.cli.completion import completion
+from relay.cli.counters import counters
 from relay.cli.demo import demo
 from relay.cli.emit import emit
 from relay.cli.inbox import inbox
+from relay.cli.listing import audit, listing
 from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.replay import replay
+from relay.cli.show import show
 from relay.cli.signals import stop_on_signals
+from relay.cli.status import status
+from relay.cli.stuck import stuck
 from relay.daemon import Outbox
 from relay.errors import RelayError, SchemaError
 from relay.log import configure_logging, printable
@@ -24,7 +31,7 @@ from relay.postgres.connect import connection
 from relay.settings import Settings
 
 EXIT_PARKED = 8
-"""`relay run --drain`: everything was read, but some rows are parked."""
+"""`relay run --drain`: everything was read, but some rows are parked; or a shard is paused."""
 
 
 class Program(click.Group):
@@ -114,7 +121,10 @@ def run(config: Path | None, assignments: tuple[str, ...], *, drain: bool) -> No
     outbox = Outbox(settings)
     asyncio.run(_run(outbox, drain=drain))
     if drain and outbox.parked:
-        click.echo(f"relay: {outbox.parked} rows are parked: they could not be published", err=True)
+        click.echo(f"relay: {outbox.parked} rows are parked: they could not be published, or are paused", err=True)
+    if drain and outbox.paused:
+        click.echo("relay: the shard is paused by an operator: nothing of it was published", err=True)
+    if drain and (outbox.parked or outbox.paused):
         sys.exit(EXIT_PARKED)
 
 
@@ -128,7 +138,13 @@ cli.add_command(inbox)
 cli.add_command(emit)
 cli.add_command(demo)
 cli.add_command(bench)
+cli.add_command(completion)
+for command in outbox_acts.COMMANDS:
+    cli.add_command(command)
 cli.add_command(replay)
+cli.add_command(counters)
+for command in (status, stuck, show, listing, audit):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from relay.cli.acting import INTERRUPTED, Way, acting, ask
 from relay.cli.filters import selecting
 from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.replay_screen import (
@@ -21,9 +23,8 @@ from relay.cli.replay_screen import (
     progress,
 )
 from relay.cli.signals import stop_on_signals
-from relay.errors import ConfigError, Declined, NothingSelected
+from relay.errors import ConfigError, NothingSelected
 from relay.log import printable
-from relay.operate.audit import Operator, person
 from relay.operate.replay import Sending, State, require_target
 from relay.operate.replays import Listed, Replay, abandon, begin, find_unfinished, listed, resume, source_of
 from relay.operate.retained import COUNT_PLANS, Count, Retained
@@ -31,9 +32,6 @@ from relay.operate.selection import Selection
 from relay.postgres.connect import close, connect, connection
 from relay.postgres.migrate import require_current
 from relay.settings import Settings
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
 
 NOT_ALL_SENT = 8
 """Exit code of a replay that is done, of which some rows could not be sent as they are; the same as of `relay run --drain`."""
@@ -49,13 +47,10 @@ _LISTED = 20
 @click.option("--to-queue", metavar="QUEUE", help="Only into this queue. Default: to everyone, through the exchange.")
 @click.option("--rate", type=click.IntRange(1, 1_000_000), default=2000, show_default=True, help="Most rows a second.")
 @click.option("--ignore-backlog", is_flag=True, help="Do not wait while the relay is behind with new events.")
-@click.option("--dry-run", is_flag=True, help="Only count what would be sent.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@click.option("--why", default="", help="Why, for relay.audit.")
 @click.option("--resume", is_flag=False, flag_value="newest", metavar="[N]", help="Go on with replay N (default: the newest that is unfinished).")  # fmt: skip
 @click.option("--abandon", "abandoned", type=click.IntRange(1), metavar="N", help="Give replay N up.")
 @click.option("--list", "listing", is_flag=True, help="Show the newest replays.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@acting
 def replay(
     config: Path | None,
     assignments: tuple[str, ...],
@@ -64,13 +59,10 @@ def replay(
     to_queue: str | None,
     rate: int,
     ignore_backlog: bool,
-    dry_run: bool,
-    yes: bool,
-    why: str,
     resume: str | None,
     abandoned: int | None,
     listing: bool,
-    as_json: bool,
+    way: Way,
 ) -> None:
     """Send again what was published and is still retained (outbox.retention_s), with the same message ids.
 
@@ -89,78 +81,63 @@ def replay(
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     settings = settings_from(config, assignments)
     modes = [name for name, on in (("--resume", resume), ("--abandon", abandoned), ("--list", listing)) if on]
-    if modes and (len(modes) > 1 or selection != Selection() or to_queue is not None or dry_run):
-        raise ConfigError(
-            f"{modes[0]} stands alone: leave out filters, --to-queue, --dry-run and {' '.join(modes[1:]) or 'the like'}"
-        )
-    operator = Operator(who=person(), why=why)
+    if modes and (len(modes) > 1 or selection != Selection() or to_queue is not None or way.dry_run):
+        raise ConfigError(f"{modes[0]} stands alone: it takes no filter, no --to-queue, no --dry-run")
     if listing:
-        asyncio.run(_list(settings, as_json=as_json))
+        asyncio.run(_list(settings, as_json=way.as_json))
     elif abandoned is not None:
-        asyncio.run(_abandon(settings, abandoned, operator, yes=yes, as_json=as_json))
+        asyncio.run(_abandon(settings, abandoned, way))
     else:
         if resume is None:
             selection.require_bounds()
-            chosen = asyncio.run(
-                _begin(settings, selection, to_queue, operator, dry_run=dry_run, yes=yes, as_json=as_json)
-            )
+            chosen = asyncio.run(_begin(settings, selection, to_queue, way))
         else:
-            chosen = asyncio.run(_resume(settings, _number(resume), operator))
+            chosen = asyncio.run(_resume(settings, _number(resume), way))
         if chosen is not None:
-            _send(settings, chosen, rate=rate, live_first=not ignore_backlog, as_json=as_json)
+            _send(settings, chosen, rate=rate, live_first=not ignore_backlog, as_json=way.as_json)
 
 
-async def _begin(
-    settings: Settings,
-    selection: Selection,
-    to_queue: str | None,
-    operator: Operator,
-    *,
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
-) -> Replay | None:
+async def _begin(settings: Settings, selection: Selection, to_queue: str | None, way: Way) -> Replay | None:
     """Count, look for the target, ask, note. None: it was only a dry run."""
+    operator = way.operator
     opened = await connect(settings.postgres, application="relay replay, counting", plans=COUNT_PLANS)
     try:
         await require_current(opened)
         source = await source_of(opened, settings)
         count = await Retained(opened).count(selection)
         _require_rows(count, selection)
-        if dry_run:
-            _show_count(count, selection, source, to_queue, as_json=as_json)
+        if way.dry_run:
+            _show_count(count, selection, source, to_queue, as_json=way.as_json)
             return None
         await require_target(settings, to_queue)
-        told = missing_lines(count.missing, selection) if yes else counted_lines(count, selection, source, to_queue)
-        for line in told:
-            click.echo(printable(line), err=True)
-        if not yes:
-            _ask("Send them again?")
+        ask(way, lambda: _say(counted_lines(count, selection, source, to_queue)), "They are sent again.")
+        if way.yes:
+            _say(missing_lines(count.missing, selection))
         return await begin(opened, selection=selection, count=count, to_queue=to_queue, operator=operator)
     finally:
         await close(opened)
 
 
-async def _resume(settings: Settings, number: int | None, operator: Operator) -> Replay:
+async def _resume(settings: Settings, number: int | None, way: Way) -> Replay:
     async with connection(settings.postgres, application="relay replay, resuming") as opened:
         await require_current(opened)
         found = await find_unfinished(opened, number)
         await require_target(settings, found.to_queue)
-        await resume(opened, found, operator=operator)
+        await resume(opened, found, operator=way.operator)
         return found
 
 
-async def _abandon(settings: Settings, number: int, operator: Operator, *, yes: bool, as_json: bool) -> None:
+async def _abandon(settings: Settings, number: int, way: Way) -> None:
     async with connection(settings.postgres, application="relay replay, giving up") as opened:
         await require_current(opened)
         found = await find_unfinished(opened, number)
-        if not yes:
-            _ask(f"Replay {number} has sent {found.sent:,} of {found.total:,} rows. Give it up?")
-        await abandon(opened, found, operator=operator)
-    if as_json:
+        sent = f"replay {number} has sent {found.sent:,} of {found.total:,} rows"
+        ask(way, lambda: _say([sent]), "The rest will not be sent.")
+        await abandon(opened, found, operator=way.operator)
+    if way.as_json:
         click.echo(json.dumps({"replay": number, "state": "abandoned", "sent": found.sent, "total": found.total}))
     else:
-        click.echo(f"replay {number} is given up after {found.sent:,} of {found.total:,} rows")
+        click.echo(f"{sent}, and is given up")
 
 
 async def _list(settings: Settings, *, as_json: bool) -> None:
@@ -220,9 +197,9 @@ def _show_count(count: Count, selection: Selection, source: str, to_queue: str |
         click.echo(printable(line))
 
 
-def _ask(question: str) -> None:
-    if not click.confirm(question, err=True):
-        raise Declined("nothing was done")
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(printable(line), err=True)
 
 
 def _number(text: str) -> int | None:

@@ -77,7 +77,7 @@ async def begin(
     """Note a new replay of what was counted, and who wanted it."""
     with postgres_errors():
         async with connection.transaction():
-            audit_id = await _record(connection, operator, "replay", selection, count.rows)
+            audit_id = await _record(connection, operator, "replay", selection, count.rows, to_queue=to_queue)
             replay_id: int = await connection.fetchval(
                 query("begin_replay"),
                 audit_id,
@@ -96,7 +96,14 @@ async def resume(connection: Connection, to_resume: Replay, *, operator: Operato
         async with connection.transaction():
             why = operator.why or f"resume of replay {to_resume.id}"
             left = max(0, to_resume.total - to_resume.sent)
-            await _record(connection, Operator(who=operator.who, why=why), "replay", to_resume.selection, left)
+            await _record(
+                connection,
+                Operator(who=operator.who, why=why),
+                "replay",
+                to_resume.selection,
+                left,
+                resumes=to_resume.id,
+            )
 
 
 async def abandon(connection: Connection, to_abandon: Replay, *, operator: Operator) -> None:
@@ -107,7 +114,14 @@ async def abandon(connection: Connection, to_abandon: Replay, *, operator: Opera
                 raise ConfigError(f"replay {to_abandon.id} has ended meanwhile: there is nothing to give up")
             why = operator.why or f"replay {to_abandon.id} was given up"
             left = max(0, to_abandon.total - to_abandon.sent)
-            await _record(connection, Operator(who=operator.who, why=why), "abandon", to_abandon.selection, left)
+            await _record(
+                connection,
+                Operator(who=operator.who, why=why),
+                "abandon",
+                to_abandon.selection,
+                left,
+                replay=to_abandon.id,
+            )
 
 
 async def find(connection: Connection, replay_id: int | None) -> Replay:
@@ -151,11 +165,20 @@ async def try_lock(connection: Connection, replay_id: int) -> bool:
         return bool(await connection.fetchval(query("try_replay_lock"), REPLAY_LOCK, replay_id))
 
 
-async def _record(connection: Connection, operator: Operator, act: str, selection: Selection, rows: int) -> int:
+async def _record(
+    connection: Connection, operator: Operator, act: str, selection: Selection, rows: int, **also: object
+) -> int:
     exact = selection.exact()
     aggregates: list[Aggregate] = [] if exact is None else [exact]
     return await record(
-        connection, operator=operator, side="outbox", act=act, selection=selection, rows=rows, aggregates=aggregates
+        connection,
+        operator=operator,
+        side="outbox",
+        act=act,
+        selection=selection,
+        rows=rows,
+        aggregates=aggregates,
+        also=also,
     )
 
 
