@@ -185,11 +185,15 @@ class Pair:
 
     async def applied(self, aggregate: str, numbers: Sequence[int], *, timeout_s: float = 20) -> None:
         """Wait until exactly these were applied, in this order."""
+        await self.effects_of(aggregate, len(numbers), timeout_s=timeout_s)
+        assert await self.effects(aggregate) == list(numbers)
+
+    async def effects_of(self, aggregate: str, count: int, *, timeout_s: float = 20) -> None:
+        """Wait until so many were applied."""
         try:
-            await until(self._has(aggregate, len(numbers)), timeout_s=timeout_s)
+            await until(self._has(aggregate, count), timeout_s=timeout_s)
         except TimeoutError:
             raise AssertionError(f"{aggregate}: {await self.effects(aggregate)}, gaps {await self.gaps()}") from None
-        assert await self.effects(aggregate) == list(numbers)
 
     def _has(self, aggregate: str, count: int) -> Callable[[], Awaitable[bool]]:
         async def enough() -> bool:
