@@ -46,6 +46,7 @@ class Progress:
     pages: int = 0
     checkpoints: int = 0
     sleeps: int = 0
+    looks: int = 0  # at what operators did
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     confirmed: int = 0  # published and unparked, at once: the others are counted when the database knows

@@ -134,6 +134,8 @@ class Shard:
         if self._wakeup.urgent.is_set() or self._clock() >= self._blocked.look_at:
             self._wakeup.urgent.clear()
             await self._retry.look()
+            self._progress.looks += 1
+            self._progress.changed.set()
 
     # --- read -> publish -> settle -> checkpoint
 
