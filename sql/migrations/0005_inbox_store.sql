@@ -48,7 +48,7 @@ CREATE INDEX inbox_leading ON relay.inbox (consumer, id) WHERE leads;
 -- Whoever deletes the first of an aggregate: its successor leads from now on. Two that delete rows of one aggregate at the same
 -- time must exclude each other by a lock on its first row, as takers do.
 CREATE FUNCTION relay.inbox_let_successors_lead() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
   UPDATE relay.inbox SET leads = true
   WHERE NOT leads AND id = ANY (ARRAY(
@@ -86,7 +86,7 @@ $$;
 -- The planner settings keep every step on its index, also before the first ANALYZE and whatever the caller's session has set.
 CREATE FUNCTION relay.inbox_take(n integer DEFAULT 100, consumer text DEFAULT NULL) RETURNS SETOF relay.event
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET enable_indexscan = on SET jit = off SET max_parallel_workers_per_gather = 0 AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_indexscan = on SET jit = off SET max_parallel_workers_per_gather = 0 AS $$
 #variable_conflict use_column
 DECLARE
   consumers text[] := ARRAY[$2];
@@ -198,7 +198,7 @@ $$;
 -- A taker that could not handle a message rolls back, and says so in a new transaction: the message, and what follows it in its
 -- aggregate, is not taken again before `retry_in` has passed (null: not before an operator releases it). False: it is not there any more.
 CREATE FUNCTION relay.inbox_fail(id bigint, error text, retry_in interval DEFAULT '10 s') RETURNS boolean
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
   UPDATE relay.inbox i
   SET attempts = i.attempts + 1, error = left($2, 2000), next_take_at = coalesce(clock_timestamp() + $3, 'infinity')
