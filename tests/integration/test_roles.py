@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import asyncpg
 import pytest
@@ -11,6 +12,8 @@ from structlog.testing import capture_logs
 
 from relay.daemon import Outbox
 from relay.errors import PrivilegeError
+from relay.inbox.stored import Stored
+from relay.message import Event
 from relay.postgres.connect import Connection
 from relay.postgres.queries import query
 from relay.sandbox import Postgres
@@ -18,7 +21,7 @@ from tests.harness.audit import audit
 from tests.harness.logins import Logins, role_of
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, until
 
-ROLES = ("relay_producer", "relay_daemon", "relay_consumer", "relay_operator", "relay_monitor")
+ROLES = ("relay_producer", "relay_daemon", "relay_consumer", "relay_taker", "relay_operator", "relay_monitor")
 EMIT = "SELECT relay.emit('order', '1', 'Changed', '{}')"
 INSERT = "INSERT INTO relay.outbox (aggregate_type, aggregate_id, event_type, payload) VALUES ('order', '1', 'Changed', '{}')"
 PLAIN_COLUMNS = {
@@ -39,9 +42,13 @@ TABLE_RIGHTS: dict[str, dict[str, set[str]]] = {
     "relay_daemon": {
         "migration": {"SELECT"},
         "outbox": {"SELECT", "TRUNCATE"},
+        **{f"outbox_{slot}": {"TRUNCATE"} for slot in range(4)},
         "outbox_aggregate": {"SELECT"},
         "outbox_cursor": {"SELECT", "UPDATE"},
         "outbox_parked": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+        "outbox_pause": {"SELECT"},
+        "outbox_replay": {"SELECT"},
+        "outbox_tombstone": {"SELECT", "DELETE"},
     },
     "relay_consumer": {
         "migration": {"SELECT"},
@@ -49,6 +56,13 @@ TABLE_RIGHTS: dict[str, dict[str, set[str]]] = {
         "inbox_held": {"SELECT", "INSERT", "UPDATE", "DELETE"},
         "inbox_seen": {"SELECT", "INSERT", "DELETE"},
         "inbox_quarantine": {"INSERT"},
+        "inbox_gap": {"SELECT", "INSERT", "UPDATE", "DELETE"},
+        "inbox_progress": {"SELECT", "INSERT", "UPDATE"},
+        "inbox_seed": {"SELECT"},
+        "inbox": {"INSERT"},
+    },
+    "relay_taker": {
+        "inbox": {"SELECT", "DELETE"},
     },
     "relay_monitor": {
         "migration": {"SELECT"},
@@ -119,6 +133,9 @@ DAEMON_MAY_NOT = [
     "DELETE FROM relay.outbox_cursor",
     "INSERT INTO relay.outbox_cursor (shard) VALUES (1)",
     "DELETE FROM relay.migration",
+    "DELETE FROM relay.outbox_pause",
+    "INSERT INTO relay.outbox_tombstone VALUES (1, 0, 'skip', 1)",
+    "TABLE relay.audit",
     "TABLE relay.inbox_held",
     "CREATE TABLE relay.mine ()",
 ]
@@ -132,6 +149,26 @@ CONSUMER_MAY_NOT = [
     "TRUNCATE relay.inbox_seen",
     "SELECT body FROM relay.inbox_quarantine",
     "DELETE FROM relay.inbox_quarantine",
+    "SELECT body FROM relay.inbox",
+    "UPDATE relay.inbox SET next_take_at = now()",
+    "DELETE FROM relay.inbox",
+    "SELECT * FROM relay.inbox_take()",
+    "INSERT INTO relay.inbox_seed (consumer, source, aggregates) VALUES ('c', 's', 1)",
+    "DELETE FROM relay.inbox_progress",
+    "CREATE TABLE relay.mine ()",
+]
+TAKER_MAY_NOT = [
+    INSERT,
+    EMIT,
+    "INSERT INTO relay.inbox (consumer, source, event_type, message_id, content_type, headers, body) VALUES ('c', 's', 'T', 'm', '', '{}', '')",
+    "UPDATE relay.inbox SET body = ''",
+    "UPDATE relay.inbox SET seq = 1",
+    "TRUNCATE relay.inbox",
+    "TABLE relay.inbox_aggregate",
+    "TABLE relay.inbox_held",
+    "TABLE relay.inbox_progress",
+    "TABLE relay.outbox",
+    "TABLE relay.migration",
     "CREATE TABLE relay.mine ()",
 ]
 NEITHER_OPERATOR_NOR_MONITOR_MAY = [
@@ -180,6 +217,14 @@ class TestTheMatrix:
             ("relay_producer", "outbox", "INSERT", PLAIN_COLUMNS),
             ("relay_producer", "outbox", "SELECT", {"id", "seq"}),
             ("relay_daemon", "outbox", "UPDATE", {"xid", "id"}),
+            (
+                "relay_consumer",
+                "inbox",
+                "SELECT",
+                {"id", "consumer", "source", "aggregate_type", "aggregate_id", "seq"},
+            ),
+            ("relay_consumer", "inbox", "UPDATE", {"leads"}),
+            ("relay_taker", "inbox", "UPDATE", {"attempts", "error", "next_take_at", "leads"}),
         ],
     )
     async def test_a_role_has_exactly_these_rights_on_columns(
@@ -198,6 +243,10 @@ class TestTheMatrix:
             ("relay_producer", "outbox", "INSERT"),
             ("relay_producer", "outbox", "SELECT"),
             ("relay_daemon", "outbox", "UPDATE"),
+            ("relay_consumer", "inbox", "SELECT"),
+            ("relay_consumer", "inbox", "UPDATE"),
+            ("relay_taker", "inbox", "UPDATE"),
+            ("relay_monitor", "inbox", "SELECT"),
             ("relay_monitor", "outbox", "SELECT"),
             ("relay_monitor", "inbox_held", "SELECT"),
             ("relay_monitor", "inbox_quarantine", "SELECT"),
@@ -369,6 +418,45 @@ class TestAConsumer:
     async def test_can_do_nothing_else(self, database: str, logins: Logins) -> None:
         async with connected(logins.create(database, "relay_consumer")) as connection:
             assert await _allowed(connection, CONSUMER_MAY_NOT) == []
+
+    async def test_can_store_and_tell_its_figures(self, database: str, logins: Logins) -> None:
+        event = Event(
+            source="s",
+            aggregate_type="order",
+            aggregate_id="1",
+            seq=1,
+            event_type="Changed",
+            message_id="m",
+            content_type="",
+            body=b"{}",
+        )
+        async with connected(logins.create(database, "relay_consumer")) as consumer:
+            for seq in (1, 2):
+                async with consumer.transaction():
+                    stored = Stored(consumer, "c")
+                    await stored.add(replace(event, seq=seq))
+                    await stored.write()
+            for _ in range(2):
+                await consumer.execute(query("write_figures"), "c", 1, "here", None)
+            assert await consumer.fetchval(query("has_seed"), "c") is False
+            assert await consumer.fetchval("SELECT relay.json_of('[1]')") == "[1]"
+
+
+class TestATaker:
+    async def test_takes_and_gives_back(self, database: str, logins: Logins) -> None:
+        async with connected(database) as owner, connected(logins.create(database, "relay_taker")) as taker:
+            await owner.execute(
+                "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body, leads)"
+                " SELECT 'c', 's', 'order', '1', i, 'Changed', i, '', '{}', '{}', i = 1 FROM generate_series(1, 3) i"
+            )
+            rows = await taker.fetch("SELECT id, seq FROM relay.inbox_take(1)")
+            assert [r["seq"] for r in rows] == [1]
+            assert await taker.fetchval("SELECT relay.inbox_fail(id, 'no', '0 s') FROM relay.inbox WHERE seq = 2")
+            assert [r["seq"] for r in await taker.fetch("SELECT seq FROM relay.inbox_take(10, 'c')")] == [2, 3]
+
+    async def test_can_do_nothing_else(self, database: str, logins: Logins) -> None:
+        async with connected(logins.create(database, "relay_taker")) as connection:
+            assert await _allowed(connection, TAKER_MAY_NOT) == []
 
 
 @pytest.mark.parametrize("role", ["relay_operator", "relay_monitor"])
