@@ -51,6 +51,12 @@ def parked(**columns: str) -> str:
     return f"INSERT INTO relay.outbox_parked ({', '.join(chosen)}) VALUES ({', '.join(chosen.values())})"
 
 
+def pause(**columns: str) -> str:
+    """An INSERT of one pause, of the SQL expressions given by column."""
+    chosen = {"audit_id": "1"} | columns
+    return f"INSERT INTO relay.outbox_pause ({', '.join(chosen)}) VALUES ({', '.join(chosen.values())})"
+
+
 def change(assignment: str) -> str:
     """What no INSERT can do, because the trigger assigns the column: only an owner's UPDATE of the row that is there."""
     return f"UPDATE relay.outbox SET {assignment}"
@@ -103,6 +109,10 @@ CASES: dict[str, dict[str, list[str]]] = {
             "UPDATE relay.outbox_cursor SET epoch = -1",
             "UPDATE relay.outbox_cursor SET after_id = -1, window_snapshot = '1:1:'",
         ],
+        "outbox_cursor_published_counts_up": [
+            "UPDATE relay.outbox_cursor SET published = -1",
+            "UPDATE relay.outbox_cursor SET rate = -1",
+        ],
     },
     "outbox_parked": {
         "outbox_parked_reason_is_known": [parked(reason="'because'")],
@@ -114,6 +124,28 @@ CASES: dict[str, dict[str, list[str]]] = {
             parked(aggregate_type="'order'", aggregate_id="'1'"),
         ],
         "outbox_parked_attempts_count_up": [parked(attempts="-1")],
+    },
+    "outbox_tombstone": {
+        "outbox_tombstone_act_is_known": ["INSERT INTO relay.outbox_tombstone VALUES (1, 0, 'retry', 1)"],
+    },
+    "outbox_pause": {
+        "outbox_pause_scope_says_what": [
+            pause(scope="'everything'"),
+            pause(scope="'aggregate'", aggregate_type="'order'"),
+            pause(scope="'aggregate'", aggregate_type="'order'", aggregate_id="'1'", event_type="'Paid'"),
+            pause(scope="'aggregate'", aggregate_type="'order'", aggregate_id="'1'", shard="0"),
+            pause(scope="'aggregate_type'"),
+            pause(scope="'aggregate_type'", aggregate_type="'order'", aggregate_id="'1'"),
+            pause(scope="'event_type'", aggregate_type="'order'"),
+            pause(scope="'event_type'", event_type="'Paid'", aggregate_type="'order'"),
+            pause(scope="'shard'"),
+            pause(scope="'shard'", shard="0", event_type="'Paid'"),
+        ],
+    },
+    "outbox_replay": {
+        "outbox_replay_state_is_known": [
+            "INSERT INTO relay.outbox_replay (audit_id, selection, last_id, total, state) VALUES (1, '{}', 1, 1, 'paused')"
+        ],
     },
 }
 
