@@ -49,12 +49,10 @@ def aggregate(kind: str | None, name: str | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """3 s, 12 min, 2 h 5 min, 4 d 3 h; a dash for None."""
+    """0 s, 3 s, 12 min, 2 h 5 min, 4 d 3 h; a dash for None."""
     if seconds is None:
         return "–"
-    s = round(seconds)
-    if s < 1:
-        return "now"
+    s = round(max(0.0, seconds))
     for size, unit, smaller, lesser in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
         if s >= size:
             rest = s % size // smaller
@@ -66,16 +64,16 @@ def ago(moment: datetime | None, now: datetime) -> str:
     """How long ago; nothing for None."""
     if moment is None:
         return ""
-    told = duration((now - moment).total_seconds())
-    return told if told == "now" else f"{told} ago"
+    seconds = (now - moment).total_seconds()
+    return "now" if seconds < 1 else f"{duration(seconds)} ago"
 
 
 def until(moment: datetime | None, now: datetime) -> str:
     """In how long; `now` for what is due, nothing for None."""
     if moment is None:
         return ""
-    told = duration(max(0.0, (moment - now).total_seconds()))
-    return told if told == "now" else f"in {told}"
+    seconds = (moment - now).total_seconds()
+    return "now" if seconds < 1 else f"in {duration(seconds)}"
 
 
 def clock(moment: datetime | None) -> str:

@@ -47,7 +47,7 @@ INSERT INTO relay.outbox_replay (audit_id, selection, to_queue, last_id, total, 
 """
 INBOX = """
 INSERT INTO relay.inbox_progress (consumer, applied, rate, owner, last_error, last_error_at, updated_at)
-  VALUES ('billing', 777, 5, 'host:2', 'BrokerUnavailable: closed', now() - interval '3 minutes', now());
+  VALUES ('billing', 777, 5, 'host:2', 'BrokerUnavailable: closed', now() - interval '3 minutes', now() + interval '1 hour');  -- so that the rate is a fresh one for a while
 INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, blocked) VALUES
   ('billing', 'shop', 'order', '1', 2, true), ('billing', 'shop', 'order', '7', 1, false), ('billing', 'shop', 'order', '8', 4, false),
   ('billing', 'shop', 'order', '9', 0, false), ('archive', 'shop', 'order', '1', 2, false);
