@@ -65,11 +65,19 @@ TABLE_RIGHTS: dict[str, dict[str, set[str]]] = {
         "inbox": {"SELECT", "DELETE"},
     },
     "relay_monitor": {
-        "migration": {"SELECT"},
-        "outbox_aggregate": {"SELECT"},
-        "outbox_cursor": {"SELECT"},
-        "outbox_parked": {"SELECT"},
-        "inbox_aggregate": {"SELECT"},
+        table: {"SELECT"}
+        for table in (
+            *("migration", "audit", "audit_aggregate", "outbox_aggregate", "outbox_cursor", "outbox_parked"),
+            *(
+                "outbox_pause",
+                "outbox_tombstone",
+                "outbox_replay",
+                "inbox_aggregate",
+                "inbox_gap",
+                "inbox_progress",
+                "inbox_seed",
+            ),
+        )
     },
 }
 PAYLOADS = {
@@ -80,6 +88,7 @@ PAYLOADS = {
     ("inbox_held", "headers"),
 }
 PAYLOADS |= {("inbox_quarantine", "body"), ("inbox_quarantine", "properties"), ("inbox_held", "error")}
+PAYLOADS |= {("inbox", "body"), ("inbox", "headers"), ("inbox", "error")}
 
 
 PRODUCER_MAY_NOT = [
@@ -256,10 +265,10 @@ class TestTheMatrix:
         async with connected(database) as connection:
             seen = {
                 (table, column)
-                for table in ("outbox", "inbox_held", "inbox_quarantine")
+                for table in ("outbox", "inbox", "inbox_held", "inbox_quarantine")
                 for column in await _columns(connection, "relay_monitor", table, "SELECT")
             }
-        assert len(seen) > 20
+        assert len(seen) > 30
         assert not seen & PAYLOADS
 
     async def test_public_can_do_nothing(self, database: str, logins: Logins) -> None:
