@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,12 @@ def replay(
     elif abandoned is not None:
         asyncio.run(_abandon(settings, abandoned, way))
     else:
-        if resume is None:
-            selection.require_bounds()
-            chosen = asyncio.run(_begin(settings, selection, to_queue, way))
-        else:
-            chosen = asyncio.run(_resume(settings, _number(resume), way))
+        with _told_if_interrupted():
+            if resume is None:
+                selection.require_bounds()
+                chosen = asyncio.run(_begin(settings, selection, to_queue, way))
+            else:
+                chosen = asyncio.run(_resume(settings, _number(resume), way))
         if chosen is not None:
             _send(settings, chosen, rate=rate, live_first=not ignore_backlog, as_json=way.as_json)
 
@@ -195,6 +197,18 @@ def _show_count(count: Count, selection: Selection, source: str, to_queue: str |
         return
     for line in [*counted_lines(count, selection, source, to_queue), "nothing was sent: it was a dry run"]:
         click.echo(printable(line))
+
+
+@contextmanager
+def _told_if_interrupted() -> Iterator[None]:
+    """Ctrl-C before the first page."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(
+            "relay: interrupted: nothing was sent. If it was noted already, relay replay --list shows it", err=True
+        )
+        sys.exit(INTERRUPTED)
 
 
 def _say(lines: Iterable[str]) -> None:
