@@ -31,6 +31,7 @@ OUTBOX_CAUSES = (
     "tombstone",
 )
 INBOX_CAUSES = ("failed", "early", "behind", "gap", "conflict", "foreign", "malformed", "taken")
+ALL_CAUSES = tuple(dict.fromkeys(OUTBOX_CAUSES + INBOX_CAUSES))
 OUTBOX_STATES = ("waiting", "published", "parked", "retrying", "stuck", "paused", "skipped")
 INBOX_STATES = ("waiting", "retrying", "stuck")
 
@@ -83,12 +84,18 @@ Option = Callable[[Command], Command]
 
 
 def selecting(
-    side: Side, *, act: bool = False, without: tuple[str, ...] = (), states: tuple[str, ...] | None = None
+    side: Side,
+    *,
+    act: bool = False,
+    without: tuple[str, ...] = (),
+    states: tuple[str, ...] | None = None,
+    causes: tuple[str, ...] | None = None,
 ) -> Callable[[Command], Command]:
     """Options of a command that works on a selection, handed to it as the keyword argument `selection`.
 
     `act`: it changes something, so `--all` is there and a selection without a filter is a usage error.
     `without`: options that this command has no use for, by name: "aggregate", "seq", "older_than" ...
+    `states`, `causes`: those that this command knows; default: all of the side.
     """
 
     def decorate(command: Command) -> Command:
@@ -102,7 +109,7 @@ def selecting(
             return command(*args, selection=selection, **kwargs)
 
         collected: Command = collect
-        for name, option in reversed(_options(side, act=act, states=states)):
+        for name, option in reversed(_options(side, act=act, states=states, causes=causes)):
             if name not in without:
                 collected = option(collected)
         return collected
@@ -149,20 +156,18 @@ def _selection(given: dict[str, Any]) -> Selection:
     )
 
 
-def _options(side: Side, *, act: bool, states: tuple[str, ...] | None) -> list[tuple[str, Option]]:
+def _options(
+    side: Side, *, act: bool, states: tuple[str, ...] | None, causes: tuple[str, ...] | None
+) -> list[tuple[str, Option]]:
     """(name, decorator) in the order in which --help shows them."""
-    causes = {
-        "outbox": OUTBOX_CAUSES,
-        "inbox": INBOX_CAUSES,
-        "both": tuple(dict.fromkeys(OUTBOX_CAUSES + INBOX_CAUSES)),
-    }
+    reasons = causes or {"outbox": OUTBOX_CAUSES, "inbox": INBOX_CAUSES, "both": ALL_CAUSES}[side]
     known = states or {"outbox": OUTBOX_STATES, "inbox": INBOX_STATES, "both": ("retrying", "stuck", "paused")}[side]
     options: list[tuple[str, Option]] = [
         ("aggregate", click.argument("aggregate", metavar="[TYPE/ID]", required=False)),
         ("aggregate_type", click.option("--type", "aggregate_type", metavar="TYPE", help="Of this aggregate type.")),
         ("event_type", click.option("--event-type", metavar="TYPE", help="Of this event type, for example OrderPaid.")),
-        ("cause", click.option("--cause", type=click.Choice(causes[side]), help="Blocked for this reason.")),
-        ("state", click.option("--state", type=click.Choice(known), help="In this state.")),
+        ("cause", click.option("--cause", type=click.Choice(reasons), metavar="CAUSE", help=f"For this reason: {', '.join(reasons)}.")),
+        ("state", click.option("--state", type=click.Choice(known), metavar="STATE", help=f"In this state: {', '.join(known)}.")),
         ("error", click.option("--error", metavar="TEXT", help="Whose error contains this text (upper or lower case).")),
         ("older_than", click.option("--older-than", callback=duration, metavar="AGE", help="For longer than this: 90s, 10m, 2h, 3d.")),
         ("since", click.option("--since", callback=moment, metavar="TIME", help="Since then: 2026-03-01T03:00 (UTC), or 2h for two hours ago.")),

@@ -30,7 +30,7 @@ after_option = click.option(
 @limit_option
 @after_option
 @payload_option
-@selecting("inbox")
+@selecting("inbox", causes=("early", "behind", "failed"))
 def held(
     config: Path | None,
     assignments: tuple[str, ...],
@@ -41,13 +41,13 @@ def held(
     payload: bool,
     selection: Selection,
 ) -> None:
-    r"""Messages that an inbox holds, the first held first: early, failed, or behind one that failed.
+    """Messages that an inbox holds, the first held first: early, failed, or behind one that failed.
 
     \b
     relay inbox held order/42
     relay inbox held --cause failed --error KeyError
     relay inbox held --state stuck --payload
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     found, bodies, more, now = look_at(
         config, assignments, lambda look: _held(look, selection, after or 0, limit, payload=payload), command="held"
     )
@@ -89,7 +89,7 @@ async def _held(
 @limit_option
 @selecting("inbox", without=("event_type", "cause", "error", "ids"), states=("open", "stuck"))
 def gaps(config: Path | None, assignments: tuple[str, ...], *, as_json: bool, limit: int, selection: Selection) -> None:
-    r"""Aggregates of which something is missing, the longest known first.
+    """Aggregates of which something is missing, the longest known first.
 
     \b
     relay inbox gaps
@@ -97,7 +97,7 @@ def gaps(config: Path | None, assignments: tuple[str, ...], *, as_json: bool, li
 
     open: the producer's relay is asked for the missing numbers, again and again. stuck: it has them no longer, and the aggregate
     waits for you: relay inbox skip TYPE/ID --through N gives them up.
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     (total, found), now = look_at(config, assignments, lambda look: _gaps(look, selection, limit), command="gaps")
     if as_json:
         print_json({"total": total, "gaps": found})
@@ -146,7 +146,7 @@ def _gap(g: Missing, now: datetime) -> tuple[str | int | None, ...]:
 @after_option
 @payload_option
 @click.option("--dismissed", is_flag=True, help="Show also what was dismissed, skipped or purged.")
-@selecting("inbox", without=("event_type", "state"))
+@selecting("inbox", without=("event_type", "state"), causes=("foreign", "malformed", "conflict", "skipped", "purged"))
 def quarantine(
     config: Path | None,
     assignments: tuple[str, ...],
@@ -158,7 +158,7 @@ def quarantine(
     dismissed: bool,
     selection: Selection,
 ) -> None:
-    r"""Messages that were put aside, the newest first: never applied, never dropped.
+    """Messages that were put aside, the newest first: never applied, never dropped.
 
     \b
     relay inbox quarantine
@@ -167,8 +167,8 @@ def quarantine(
 
     foreign: without relay's headers; malformed: with headers that cannot be; conflict: the number of an event that was applied, with
     another content.
-    """
-    chosen = selection if dismissed else replace(selection, state="open")
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
+    chosen = selection if dismissed or selection.cause in ("skipped", "purged") else replace(selection, state="open")
     found, bodies, more, now = look_at(
         config, assignments, lambda look: _quarantine(look, chosen, after, limit, payload=payload), command="quarantine"
     )

@@ -43,7 +43,7 @@ def listing(
     payload: bool,
     selection: Selection,
 ) -> None:
-    r"""Rows of the outbox, the newest first, each with what became of it.
+    """Rows of the outbox, the newest first, each with what became of it.
 
     \b
     relay list --state stuck
@@ -54,7 +54,7 @@ def listing(
     States: waiting (to be published), published, skipped (a tombstone took its place), parked (any of: retrying, stuck, paused,
     behind another row of its aggregate). Of parked rows --since, --until and --older-than mean the time of parking, else that of
     insertion.
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     page = Page(after=after, newest_first=not oldest_first, limit=limit)
     found, bodies = look_at(
         config, assignments, lambda look: _ask(look, selection, page, payload=payload), command="list"
@@ -136,13 +136,13 @@ def audit(
     who: str | None,
     selection: Selection,
 ) -> None:
-    r"""What operators did, the newest first: who, when, what, why, and to how many rows.
+    """What operators did, the newest first: who, when, what, why, and to how many rows.
 
     \b
     relay audit --since 1d
     relay audit order/42                 what was done to it, and to everything
     relay audit --act skip --who anna
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     if selection.aggregate is not None and selection.exact() is None:
         raise ConfigError(f"{selection.aggregate!r}: acts are found for one aggregate, without *")
     found = look_at(

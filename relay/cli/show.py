@@ -38,13 +38,13 @@ from relay.operate.story import Gap, InboxStory, OutboxStory, Story
 def show(
     config: Path | None, assignments: tuple[str, ...], *, aggregate: str, limit: int, payload: bool, as_json: bool
 ) -> None:
-    r"""One aggregate's whole story: its events and what became of each, cursors, held messages, gaps, operators' acts.
+    """One aggregate's whole story: its events and what became of each, cursors, held messages, gaps, operators' acts.
 
     \b
     relay show order/42
     relay show order/42 --limit 200
     relay show order/42 -c billing.toml      the consumer's side, where it has a database of its own
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     name = _name(aggregate)
     story, bodies, held_bodies = look_at(
         config, assignments, lambda look: _ask(look, name, limit, payload=payload), command="show"

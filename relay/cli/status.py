@@ -32,7 +32,7 @@ from relay.operate.status import ConsumerStatus, OutboxStatus, ShardStatus, Stat
 @set_option
 @json_option
 def status(config: Path | None, assignments: tuple[str, ...], *, as_json: bool) -> None:
-    r"""How both sides are doing, and whether anything needs a person.
+    """How both sides are doing, and whether anything needs a person.
 
     \b
     relay status
@@ -41,7 +41,7 @@ def status(config: Path | None, assignments: tuple[str, ...], *, as_json: bool) 
 
     Looks at the database of postgres.dsn and tells what it holds: a producer's outbox, consumers' inboxes, or both. Needs the
     rights of relay_monitor, and no broker.
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     found = look_at(config, assignments, operate.status, command="status")
     if as_json:
         print_json(found)

@@ -19,7 +19,11 @@ from relay.operate.stuck import Blocked, Cause, Stuck
 @click.command()
 @config_option
 @set_option
-@click.option("--by", type=click.Choice(["cause"]), help="Group by cause and first line of the error.")
+@click.option(
+    "--by",
+    type=click.Choice(["cause"]),
+    help="One line for each cause: the reason, and the class of the error or what the broker said.",
+)
 @json_option
 @limit_option
 @selecting("both", states=("waiting", "retrying", "stuck", "paused"))
@@ -32,7 +36,7 @@ def stuck(
     limit: int,
     selection: Selection,
 ) -> None:
-    r"""Every blocked aggregate on both sides: why, since when, attempts, next attempt, rows waiting behind it.
+    """Every blocked aggregate on both sides: why, since when, attempts, next attempt, rows waiting behind it.
 
     \b
     relay stuck                              one line for each, the oldest first
@@ -42,7 +46,7 @@ def stuck(
 
     State retrying heals by itself when the cause is gone; stuck waits for you: relay show TYPE/ID tells the story, then retry,
     skip or purge (outbox), inbox retry, inbox skip or inbox purge (inbox).
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     found = look_at(
         config,
         assignments,

@@ -618,6 +618,8 @@ class TestInbox:
         }
         everything = relay(billing, "inbox", "quarantine", "--dismissed", "--json").json["quarantine"]
         assert [q["reason"] for q in everything] == ["skipped", "malformed", "foreign", "conflict"]
+        skipped = relay(billing, "inbox", "quarantine", "--cause", "skipped", "--json").json["quarantine"]
+        assert [q["detail"] for q in skipped] == ["by anna"]
         conflicts = relay(billing, "inbox", "quarantine", "--cause", "conflict").out
         assert "number 2 was applied with another content" in conflicts
         assert "payload-quarantined" not in conflicts
@@ -682,3 +684,13 @@ ROW_KEYS = {
 
 def _keys(told: dict[str, Any]) -> set[str]:
     return set(told)
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "stuck", "show", "list", "audit", "inbox held", "inbox gaps", "inbox quarantine"]
+)
+def test_help_shows_examples_each_on_a_line_of_its_own(command: str) -> None:
+    lines = relay("postgresql://nobody@127.0.0.1:1/nowhere", *command.split(), "--help").out.splitlines()
+    examples = [line for line in lines if line.startswith(f"  relay {command}")]
+    assert len(examples) >= 2
+    assert all(line.count("relay") == 1 for line in examples)
