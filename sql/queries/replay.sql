@@ -68,7 +68,7 @@ WITH looked AS MATERIALIZED (
       AND ($16::bigint IS NULL OR o.seq >= $16) AND ($17::bigint IS NULL OR o.seq <= $17)
       AND (SELECT p.id FROM relay.outbox_parked p WHERE p.id = o.id) IS NULL
       AND (o.aggregate_id IS NOT NULL OR t.id IS NULL)
-    ORDER BY o.id LIMIT $6
+    ORDER BY l.id LIMIT $6  -- the order of `looked`, so that only the rows of the page are fetched
   ) p
 )
 SELECT reached.looked, reached.id AS reached_id, reached.seq AS reached_seq, page.*
