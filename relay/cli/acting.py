@@ -76,8 +76,10 @@ def acting(command: Command) -> Command:
     return collected
 
 
-def carry_out(settings: Settings, act: Act, way: Way, *, consequence: str, unit: str = "row") -> None:
-    """Count, show, ask, do, tell. `consequence`: what a yes means, in one sentence.
+def carry_out(
+    settings: Settings, act: Act, way: Way, *, consequence: str, unit: str = "row", what: str | None = None
+) -> None:
+    """Count, show, ask, do, tell. `consequence`: what a yes means, in one sentence. `what`: in place of how many `unit`s.
 
     Raises NothingSelected, Declined after a no, ConfigError where nobody can be asked, and what PostgreSQL raises.
     """
@@ -85,17 +87,17 @@ def carry_out(settings: Settings, act: Act, way: Way, *, consequence: str, unit:
     with session(settings.postgres, application=f"relay {act.name}") as (run, connection):
         plan = run(act.plan(connection))
         if way.dry_run or not plan.rows:
-            _tell(act, way, plan, None, unit)
+            _tell(act, way, plan, None, _Words(unit, what))
             return
-        ask(way, lambda: _show(act, plan, unit), consequence)
-        _tell(act, way, plan, run(perform(connection, act, plan, operator)), unit)
+        ask(way, lambda: _show(act, plan, _Words(unit, what)), consequence)
+        _tell(act, way, plan, run(perform(connection, act, plan, operator)), _Words(unit, what))
 
 
 def ask(way: Way, show: Callable[[], None], consequence: str) -> None:
     """Show what would happen and ask, on standard error. Raises Declined, or ConfigError where there is nobody to ask."""
     if way.yes:
         return
-    if not sys.stdin.isatty():
+    if not has_terminal():
         raise ConfigError(
             "nobody can be asked without a terminal: say --yes to do it, or --dry-run to see what it would do"
         )
@@ -107,6 +109,11 @@ def ask(way: Way, show: Callable[[], None], consequence: str) -> None:
         agreed = False
     if not agreed:
         raise Declined("as you say: nothing was changed")
+
+
+def has_terminal() -> bool:
+    """Whether somebody can answer."""
+    return sys.stdin.isatty()
 
 
 class session:  # noqa: N801 - used as a context manager, like the functions beside it
@@ -147,34 +154,55 @@ class session:  # noqa: N801 - used as a context manager, like the functions bes
             sys.exit(INTERRUPTED)
 
 
-def _show(act: Act, plan: Plan, unit: str) -> None:
-    """Before the question."""
-    _say(f"{act.name}: {_amount(plan.rows, plan.touched, unit)} in {_place(act, plan)}{_sample(plan)}", err=True)
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """How what an act is on is spoken of."""
+
+    unit: str
+    what: str | None
+
+    def amount(self, rows: int, aggregates: int) -> str:
+        """How many of what."""
+        if self.what is not None:
+            return self.what
+        many = counted(rows, self.unit)
+        return f"{many} of {counted(aggregates, 'aggregate')}" if aggregates else many
+
+
+_PAST = {
+    "retry": "retried",
+    "skip": "skipped",
+    "purge": "purged",
+    "pause": "paused",
+    "resume": "resumed",
+    "reset": "reset",
+    "dismiss": "dismissed",
+}
+
+
+def _show(act: Act, plan: Plan, words: _Words, *, err: bool = True) -> None:
+    """What would be done: before the question, and as the answer to --dry-run."""
+    sample = "" if words.what is not None else _sample(plan)
+    _say(f"would {act.name} {words.amount(plan.rows, plan.touched)} in {_place(act, plan)}{sample}", err=err)
     for note in plan.notes:
-        _say(f"  {note}", err=True)
+        _say(f"  {note}", err=err)
 
 
-def _tell(act: Act, way: Way, plan: Plan, done: Done | None, unit: str) -> None:
-    """The end: what was done, or what would be."""
+def _tell(act: Act, way: Way, plan: Plan, done: Done | None, words: _Words) -> None:
+    """The end: what was done, or what would be, or that all is as asked for already."""
     if way.as_json:
         click.echo(json.dumps(as_json(act, plan, done, dry_run=way.dry_run)))
-        return
-    amount = _amount(plan.rows, plan.touched, unit) if done is None else _amount(done.rows, done.aggregates, unit)
-    place = _place(act, plan)
-    if done is None:
-        _say(
-            f"{act.name} would be done to {amount} in {place}{_sample(plan)}"
-            if plan.rows
-            else f"{act.name}: nothing to do"
-        )
+    elif done is None and plan.rows:
+        _show(act, plan, words, err=False)
     else:
-        _say(
-            f"{act.name}: done to {amount} in {place} (audit {done.audit_id})"
-            if done.audit_id
-            else f"{act.name}: nothing to do"
-        )
-    for note in plan.notes if done is None else done.notes:
-        _say(f"  {note}")
+        notes = plan.notes if done is None else done.notes
+        if done is None or done.audit_id is None:
+            _say(f"{words.what or act.name}: nothing to do")
+        else:
+            amount = words.amount(done.rows, done.aggregates)
+            _say(f"{_PAST.get(act.name, act.name)} {amount} in {_place(act, plan)} (audit {done.audit_id})")
+        for note in notes:
+            _say(f"  {note}")
 
 
 def as_json(act: Act, plan: Plan, done: Done | None, *, dry_run: bool) -> dict[str, Any]:
@@ -191,11 +219,6 @@ def as_json(act: Act, plan: Plan, done: Done | None, *, dry_run: bool) -> dict[s
         "notes": list(plan.notes if done is None else done.notes),
         "audit_id": None if done is None else done.audit_id,
     }
-
-
-def _amount(rows: int, aggregates: int, unit: str) -> str:
-    many = counted(rows, unit)
-    return f"{many} of {counted(aggregates, 'aggregate')}" if aggregates else many
 
 
 def _place(act: Act, plan: Plan) -> str:

@@ -33,7 +33,7 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
     relay inbox retry --state stuck --dry-run
     relay inbox retry --all --yes --why "billing 2.3.1 is deployed"
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    _carry_out(config, assignments, Retry(selection), way, "The inbox tries them now.")
+    _carry_out(config, assignments, Retry(selection), way, "The inbox tries again now.")
 
 
 @click.command()
@@ -62,7 +62,7 @@ def skip(
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     if through is None:
         act: InboxAct = Skip(selection)
-        consequence = "They will not be applied; what waits behind them is."
+        consequence = "What is skipped will not be applied; what waits behind it will."
     else:
         act = SkipThrough(selection, through)
         consequence = f"Nothing up to number {through} will be applied, also if it still comes."
@@ -84,7 +84,7 @@ def purge(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
     relay inbox purge order/42
     relay inbox purge --type test_order --dry-run
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    _carry_out(config, assignments, Purge(selection), way, "They will not be applied.")
+    _carry_out(config, assignments, Purge(selection), way, "What is purged will not be applied.")
 
 
 _RESETTABLE = ("event_type", "cause", "state", "error", "older_than", "since", "until", "seq", "ids")
@@ -130,7 +130,7 @@ def dismiss(config: Path | None, assignments: tuple[str, ...], *, selection: Sel
     relay inbox dismiss --cause foreign --older-than 1d
     relay inbox dismiss --id 17
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    _carry_out(config, assignments, Dismiss(selection), way, "They do not count as problems any more.")
+    _carry_out(config, assignments, Dismiss(selection), way, "What is dismissed does not count as a problem any more.")
 
 
 def _carry_out(

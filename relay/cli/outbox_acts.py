@@ -16,6 +16,7 @@ from relay.operate.outbox_acts import Purge, Retry, Skip, SkipNumber
 from relay.operate.outbox_pauses import Pause, Resume, scope_text
 from relay.operate.selection import Selection
 
+_GIVEN_UP = "The content will not be delivered; a tombstone takes the place of each."
 _STATES = ("retrying", "stuck", "paused")
 
 
@@ -36,7 +37,7 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
     relay retry --state stuck --type order --dry-run
     relay retry --all --yes --why "disk of the broker was full"
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    _carry_out(config, assignments, Retry(selection), way, "relay tries to publish them now.")
+    _carry_out(config, assignments, Retry(selection), way, "relay tries again now.")
 
 
 @click.command()
@@ -60,7 +61,7 @@ def skip(config: Path | None, assignments: tuple[str, ...], *, selection: Select
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     one = selection.exact() is not None and (selection.from_seq, selection.to_seq) != (None, None)
     act: Act = SkipNumber(selection) if one else Skip(selection)
-    _carry_out(config, assignments, act, way, "Their content will not be delivered; tombstones take their places.")
+    _carry_out(config, assignments, act, way, _GIVEN_UP)
 
 
 @click.command()
@@ -79,9 +80,7 @@ def purge(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
     relay purge --type test_order --dry-run
     relay purge order/42 --seq 7-9        of what is parked of it, these numbers
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    _carry_out(
-        config, assignments, Purge(selection), way, "Their content will not be delivered; tombstones take their places."
-    )
+    _carry_out(config, assignments, Purge(selection), way, _GIVEN_UP)
 
 
 _PAUSABLE = ("cause", "state", "error", "older_than", "since", "until", "seq", "ids")
@@ -109,13 +108,13 @@ def pause(
     relay pause --shard 0
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     act = Pause(selection, shard)
-    _carry_out(
-        config,
-        assignments,
+    name = scope_text(act.scope)
+    carry_out(
+        settings_from(config, assignments),
         act,
         way,
-        f"relay publishes nothing of {scope_text(act.scope)} until it is resumed.",
-        "pause",
+        consequence=f"relay publishes nothing of {name} until it is resumed.",
+        what=name,
     )
 
 
@@ -124,7 +123,7 @@ def pause(
 @set_option
 @selecting("outbox", without=_PAUSABLE)
 @_shard_option
-@click.option("--all", "everything", is_flag=True, help="Everything that is paused.")
+@click.option("--all", "all_pauses", is_flag=True, help="Everything that is paused.")
 @acting
 def resume(
     config: Path | None,
@@ -132,7 +131,7 @@ def resume(
     *,
     selection: Selection,
     shard: int | None,
-    everything: bool,
+    all_pauses: bool,
     way: Way,
 ) -> None:
     """Let go on what `relay pause` holds: what has waited is published now, in order.
@@ -142,16 +141,21 @@ def resume(
     relay resume --type order
     relay resume --all
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    if everything and (selection.is_bounded or shard is not None):
+    if all_pauses and (selection.is_bounded or shard is not None):
         raise ConfigError("--all means everything: leave it out, or leave out what you name")
-    act = Resume(replace(selection, everything=everything), shard)
-    _carry_out(config, assignments, act, way, "relay publishes what was held back, in order.", "pause")
+    act = Resume(replace(selection, everything=all_pauses), shard)
+    carry_out(
+        settings_from(config, assignments),
+        act,
+        way,
+        consequence="relay publishes what was held back, in order.",
+        unit="pause",
+        what=None if act.scope is None else scope_text(act.scope),
+    )
 
 
-def _carry_out(
-    config: Path | None, assignments: tuple[str, ...], act: Act, way: Way, consequence: str, unit: str = "row"
-) -> None:
-    carry_out(settings_from(config, assignments), act, way, consequence=consequence, unit=unit)
+def _carry_out(config: Path | None, assignments: tuple[str, ...], act: Act, way: Way, consequence: str) -> None:
+    carry_out(settings_from(config, assignments), act, way, consequence=consequence)
 
 
 COMMANDS: tuple[click.Command, ...] = (retry, skip, purge, pause, resume)
