@@ -159,10 +159,20 @@ class TestStatus:
             "late"
         ]
 
-    def test_a_backlog_is_counted_up_to_a_bound(self, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_backlog_is_counted_up_to_a_bound_and_its_oldest_row_found_in_whichever_slot(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("relay.operate.status.COUNTED", 2)
-        run(database, *["SELECT relay.emit('order', '1', 'Changed', '{}')"] * 3)
-        assert any(line.startswith("backlog 2+ rows to be published") for line in relay(database, "status").lines())
+        insert = "INSERT INTO relay.outbox (slot, created_at, event_type, payload) VALUES"
+        run(
+            database,
+            f"{insert} (3, now() - interval '5 days', 'Old', '{{}}')",
+            *[f"{insert} (0, now(), 'New', '{{}}')"] * 4,
+        )
+        (shard,) = relay(database, "status", "--json").json["outbox"]["shards"]
+        assert (shard["backlog"]["rows"], shard["backlog"]["more"]) == (2, True)
+        assert shard["backlog"]["age_s"] > 4 * 86400
+        assert "backlog 2+ rows to be published, the oldest for AGE" in relay(database, "status").lines()
 
 
 class TestStuck:
