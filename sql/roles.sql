@@ -61,13 +61,17 @@ GRANT EXECUTE ON FUNCTION relay.inbox_take(integer, text), relay.inbox_fail(bigi
 -- Operators see everything and may do the acts of `relay`; every one of them is recorded, and no record can be changed.
 GRANT SELECT ON ALL TABLES IN SCHEMA relay TO relay_operator;
 GRANT INSERT ON relay.audit, relay.audit_aggregate TO relay_operator;
-GRANT UPDATE (epoch) ON relay.outbox_cursor TO relay_operator;  -- for its row lock only: an act and a checkpoint exclude each other
-GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_operator;
+GRANT UPDATE (rate) ON relay.outbox_cursor TO relay_operator;  -- for the row's lock: an act and a checkpoint exclude each other
+GRANT INSERT, UPDATE (state, next_attempt_at, attempts), DELETE ON relay.outbox_parked TO relay_operator;
 GRANT INSERT, DELETE ON relay.outbox_pause TO relay_operator;
 GRANT INSERT ON relay.outbox_tombstone TO relay_operator;
 GRANT INSERT, UPDATE ON relay.outbox_replay TO relay_operator;
-GRANT INSERT, UPDATE ON relay.inbox_aggregate, relay.inbox_seed TO relay_operator;
-GRANT INSERT, UPDATE, DELETE ON relay.inbox_held, relay.inbox_gap, relay.inbox TO relay_operator;
+GRANT INSERT, UPDATE (last_seq, last_digest, blocked) ON relay.inbox_aggregate TO relay_operator;
+GRANT INSERT, UPDATE ON relay.inbox_seed TO relay_operator;
+GRANT UPDATE (event_type, content_type, headers, body, digest, reason, state, attempts, error, next_attempt_at), DELETE
+  ON relay.inbox_held TO relay_operator;  -- a tombstone takes the place of a message
+GRANT UPDATE (state, next_ask_at, detail), DELETE ON relay.inbox_gap TO relay_operator;
+GRANT UPDATE (next_take_at, leads), DELETE ON relay.inbox TO relay_operator;
 GRANT DELETE ON relay.inbox_seen TO relay_operator;
 GRANT INSERT, UPDATE (dismissed_at) ON relay.inbox_quarantine TO relay_operator;
 
