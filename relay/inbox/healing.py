@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -34,8 +34,15 @@ _WINDOW = 10_000
 """Numbers asked for and not come yet, at most: as many as a relay sends in a few seconds."""
 
 _CLAIM = 500
-_SLOWEST = 1000.0
-"""Numbers a second that a relay sends again at least: those that were asked for before come first."""
+_SLOWEST = 300.0
+"""Numbers a second that come at least, on a slow relay and a slow consumer: what was asked for before comes first. To ask
+again sooner would only put duplicates into the queue, and delay what is in it."""
+
+_STALLED_S = 3.0
+"""When nothing of what was asked for has come for so long, the rest of it is not on its way any more."""
+
+_LONGEST_FLOW_S = 60.0
+"""What has not come after so long is asked for again even while others do come."""
 
 _OFF_DELAY_S = 60.0
 _LOGGED = 20
@@ -44,10 +51,16 @@ _LOGGED = 20
 
 @dataclass(frozen=True, slots=True)
 class _Outstanding:
-    """What was asked for of one gap."""
+    """What was asked for of one gap. Times are by the event loop's clock."""
 
     numbers: int
-    until: float  # by the event loop's clock: after it, it does not keep others from being asked for
+    first: int  # of them
+    since: float
+    until: float  # it has to be coming by then
+
+    def is_due(self, now: float, flowed_at: float, stalled_s: float) -> bool:
+        """True while it may still come: in its time, or, however slow, behind others that do come."""
+        return now < self.until or (now - flowed_at < stalled_s and now - self.since < _LONGEST_FLOW_S)
 
 
 class Healing:
@@ -63,6 +76,7 @@ class Healing:
         self._early = gaps.EarlyWalk(consumer, alert_s=self._alert_s)
         self._walk = gaps.GapWalk(consumer)
         self._outstanding: dict[Key, _Outstanding] = {}
+        self._flowed_at = -_STALLED_S  # when something that was asked for has come
         self._look_at = 0.0
         self._sooner = asyncio.Event()
 
@@ -103,10 +117,20 @@ class Healing:
         due = [gap for gap in known if gap.need is Need.ASK]
         self._tell_closed(await gaps.close(opened, self._consumer, closing))
         await gaps.make_due(opened, self._consumer, due)
-        waiting = {gap.key for gap in known if gap.need is Need.WAIT and not gap.is_stuck}
-        now = self._clock()
-        self._outstanding = {k: o for k, o in self._outstanding.items() if k in waiting and now < o.until}
+        self._see_what_comes({gap.key: gap for gap in known if gap.need is Need.WAIT and not gap.is_stuck})
         return len(closing) + len(due)
+
+    def _see_what_comes(self, waiting: Mapping[Key, Gap]) -> None:
+        """Of what was asked for: is it still coming? A slow consumer must not be sent everything twice."""
+        now, stalled_s = self._clock(), max(self._alert_s, _STALLED_S)
+        before = self._outstanding
+        if any(k not in waiting or waiting[k].first_missing > o.first for k, o in before.items()):
+            self._flowed_at = now
+        self._outstanding = {
+            k: replace(o, first=waiting[k].first_missing)
+            for k, o in before.items()
+            if k in waiting and o.is_due(now, self._flowed_at, stalled_s)
+        }
 
     async def _ask(self, opened: Connection, asker: Asker) -> int:
         """Claim what is due and ask for it, as far as the window has room; return how many were claimed."""
@@ -116,7 +140,7 @@ class Healing:
         claimed = await self._states(opened, await gaps.claim(opened, self._consumer, _CLAIM))
         closing = [gap for gap in claimed if gap.need is Need.CLOSE]
         self._tell_closed(await gaps.close(opened, self._consumer, closing))
-        coming = [gap for gap in claimed if gap.need is Need.WAIT and gap.is_coming]
+        coming = [gap for gap in claimed if gap.need is Need.WAIT and (gap.is_coming or gap.key in self._outstanding)]
         missing = [gap for gap in claimed if gap not in closing and gap not in coming]
         written = [self._still_coming(gap) for gap in coming] + await self._asked(opened, asker, missing, room)
         new = await gaps.write_asked(opened, self._consumer, written)
@@ -140,8 +164,9 @@ class Healing:
         queued_s = sum(o.numbers for o in self._outstanding.values()) / _SLOWEST
         delay_s = gap.delay_s(self._alert_s) + (0.0 if detail else queued_s)
         if detail is None:
-            until = self._clock() + min(delay_s, max(self._alert_s, 5.0) + queued_s)
-            self._outstanding[gap.key] = _Outstanding(sum(map(len, ranges)), until)
+            now = self._clock()
+            until = now + min(delay_s, max(self._alert_s, _STALLED_S) + queued_s)
+            self._outstanding[gap.key] = _Outstanding(sum(map(len, ranges)), gap.first_missing, now, until)
             if gap.asks:
                 detail = (
                     f"asked {gap.asks + 1} times, and nothing has come: is `relay run` of source {gap.key[0]} running, "
@@ -151,7 +176,7 @@ class Healing:
 
     def _still_coming(self, gap: Gap) -> Asked:
         """What was asked for is on its way: do not ask for it twice."""
-        return Asked(gap=gap, asks=1, asked_to=None, delay_s=self._alert_s)
+        return Asked(gap=gap, asks=max(1, gap.asks), asked_to=None, delay_s=self._alert_s)
 
     async def _states(self, opened: Connection, keys: set[Key] | list[Key]) -> list[Gap]:
         with postgres_errors():

@@ -40,11 +40,12 @@ FROM (SELECT 1) AS always LEFT JOIN LATERAL (SELECT old.held_at, old.id FROM old
 
 -- name: note_marks
 -- Marks of numbers that are neither applied nor held. They may be on their way still: a gap it is when it is due and still missing.
--- In the transaction of a batch, after its cursors were written. Returns how many were noted or grew.
+-- A gap that is known does not grow by a mark: what the mark speaks of has not been missing for as long. When it is closed, the
+-- next mark makes another. In the transaction of a batch, after its cursors were written. Returns how many were noted.
 -- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids (distinct, sorted), $5 newest numbers (bigint[]),
 -- $6 alert (double precision, s)
 WITH noted AS (
-  INSERT INTO relay.inbox_gap AS g (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, next_ask_at)
+  INSERT INTO relay.inbox_gap (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, next_ask_at)
   SELECT $1, m.source, m.aggregate_type, m.aggregate_id, m.seq, 'mark', clock_timestamp() + make_interval(secs => $6)
   FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[]) WITH ORDINALITY AS m (source, aggregate_type, aggregate_id, seq, n)
   LEFT JOIN LATERAL (
@@ -58,9 +59,9 @@ WITH noted AS (
                       AND h.consumer = $1 AND h.seq >= m.seq)
     AND NOT EXISTS (SELECT FROM relay.inbox_gap k
                     WHERE k.aggregate_id = m.aggregate_id AND k.aggregate_type = m.aggregate_type AND k.source = m.source
-                      AND k.consumer = $1 AND k.to_seq >= m.seq)
+                      AND k.consumer = $1)
   ORDER BY m.n
-  ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO UPDATE SET to_seq = greatest(g.to_seq, excluded.to_seq)
+  ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO NOTHING
   RETURNING 1
 )
 SELECT count(*) FROM noted
