@@ -134,7 +134,7 @@ class ConsumerStatus:
     gaps: GapFigures
     quarantine: dict[str, int]  # by reason; what nobody has dismissed
     stored: Backlog | None  # store mode: events that wait for their taker
-    taker_failed: int  # of them: given back by their taker
+    taker_failed: int  # of them: given back by their taker, and first of their aggregate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +222,9 @@ async def _inbox(look: Look) -> tuple[ConsumerStatus, ...]:
     counted = await look.fetch("see_stored_counts", COUNTED + 1)
     more = sum(r["rows"] for r in counted) > COUNTED
     stored = {r["consumer"]: r for r in counted}
+    given_back = {r["consumer"]: r["rows"] for r in await look.fetch("see_given_back")}
     found = []
-    for name in sorted({*progress, *held, *gaps, *quarantine, *stored}):
+    for name in sorted({*progress, *held, *gaps, *quarantine, *stored, *given_back}):
         waiting = stored.get(name)
         found.append(
             ConsumerStatus(
@@ -233,7 +234,7 @@ async def _inbox(look: Look) -> tuple[ConsumerStatus, ...]:
                 gaps=GapFigures(**_without(gaps.get(name), "consumer")),
                 quarantine=quarantine.get(name, {}),
                 stored=_backlog(look, waiting["rows"], waiting["oldest"], more=more) if waiting else None,
-                taker_failed=waiting["failed"] if waiting else 0,
+                taker_failed=given_back.get(name, 0),
             )
         )
     return tuple(found)

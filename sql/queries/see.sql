@@ -134,9 +134,13 @@ GROUP BY consumer, reason ORDER BY consumer, reason
 -- name: see_stored_counts
 -- Stored events that wait for their taker: counted up to a bound over all consumers, oldest first.
 -- $1 most rows to count
-SELECT consumer, count(*) AS rows, count(*) FILTER (WHERE attempts > 0) AS failed, min(stored_at) AS oldest
-FROM (SELECT consumer, attempts, stored_at FROM relay.inbox ORDER BY id LIMIT $1) bounded
+SELECT consumer, count(*) AS rows, min(stored_at) AS oldest
+FROM (SELECT consumer, stored_at FROM relay.inbox ORDER BY id LIMIT $1) bounded
 GROUP BY consumer
+
+-- name: see_given_back
+-- Stored events that their taker has given back and that hold their aggregates up.
+SELECT consumer, count(*) AS rows FROM relay.inbox WHERE leads AND attempts > 0 GROUP BY consumer
 
 -- --- relay stuck
 
@@ -147,7 +151,7 @@ SELECT 'held' AS kind, id, left(split_part(error, E'\n', 1), 300) AS error FROM 
 WHERE reason = 'failed' AND error IS NOT NULL AND ($1::text IS NULL OR error ILIKE $1)
 UNION ALL
 SELECT 'stored', id, left(split_part(error, E'\n', 1), 300) FROM relay.inbox
-WHERE attempts > 0 AND error IS NOT NULL AND ($1::text IS NULL OR error ILIKE $1)
+WHERE leads AND attempts > 0 AND error IS NOT NULL AND ($1::text IS NULL OR error ILIKE $1)
 
 -- name: see_stuck
 -- Whatever is blocked, on both sides, oldest first: of each aggregate the row that blocks it, and how many rows wait behind it.
@@ -207,7 +211,7 @@ WITH said AS MATERIALIZED (
     (SELECT count(*) FROM relay.inbox b WHERE b.aggregate_id = i.aggregate_id AND b.aggregate_type = i.aggregate_type
        AND b.source = i.source AND b.consumer = i.consumer AND b.seq > i.seq), NULL
   FROM relay.inbox i LEFT JOIN said s ON s.kind = 'stored' AND s.id = i.id
-  WHERE i.attempts > 0
+  WHERE i.leads AND i.attempts > 0  -- only the first of an aggregate blocks it; those have an index
 ), chosen AS (
   SELECT b.* FROM blocked b
   WHERE ($1::text IS NULL OR b.aggregate_type LIKE $1) AND ($2::text IS NULL OR b.aggregate_id LIKE $2)

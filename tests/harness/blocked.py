@@ -74,9 +74,9 @@ INSERT INTO relay.inbox_quarantine (consumer, reason, detail, message_id, exchan
   ('billing', 'skipped', 'by anna', 'm-1-1', 'relay.events', 'order.Changed',
    '{"app_id": "shop", "aggregate_type": "order", "aggregate_id": "1", "sequence": 1}', 'x', now() - interval '3 days', NULL);
 INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body, stored_at,
-                         attempts, error, next_take_at)
+                         attempts, error, next_take_at, leads)
 SELECT 'store', 'shop', 'order', s.id, s.seq, 'Changed', 's', 'application/json', '{}', 'payload-stored', now() - interval '30 minutes',
-       s.attempts, s.error, CASE WHEN s.attempts > 0 THEN now() + interval '9 seconds' END
+       s.attempts, s.error, CASE WHEN s.attempts > 0 THEN now() + interval '9 seconds' END, s.seq = 1
 FROM (VALUES ('1', 1, 2, 'taker: no such account'), ('1', 2, 0, NULL), ('2', 1, 0, NULL)) AS s (id, seq, attempts, error);
 """
 

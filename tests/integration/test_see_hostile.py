@@ -71,7 +71,7 @@ class TestTheMonitor:
                 assert (answer.code, answer.err) == (0, ""), command
                 assert "payload-" not in answer.out, command
                 assert "KeyError" not in answer.out, command
-        assert relay(monitor, "status").out.splitlines()[2:] == relay(blocked, "status").out.splitlines()[2:]
+        assert relay(monitor, "status").lines()[2:] == relay(blocked, "status").lines()[2:]
 
     def test_it_is_told_what_it_does_not_see(self, blocked: str, logins: Logins) -> None:
         monitor = logins.create(blocked, "relay_monitor")
