@@ -82,7 +82,7 @@ GRANT SELECT ON relay.migration, relay.audit, relay.audit_aggregate, relay.outbo
 GRANT SELECT (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, size, created_at) ON relay.outbox TO relay_monitor;
 GRANT SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, reason, state, attempts, held_at, next_attempt_at)
   ON relay.inbox_held TO relay_monitor;
-GRANT SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, stored_at, attempts, next_take_at)
+GRANT SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, stored_at, attempts, next_take_at, leads)
   ON relay.inbox TO relay_monitor;
 GRANT SELECT (id, consumer, reason, detail, message_id, exchange, routing_key, received_at, source, aggregate_type, aggregate_id, seq, dismissed_at)
   ON relay.inbox_quarantine TO relay_monitor;
