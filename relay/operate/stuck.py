@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -104,9 +105,7 @@ async def _arguments(look: Look, selection: Selection) -> list[Any]:
         ids(selection),
         selection.source,
         selection.consumer,
-        [r["kind"] for r in said],
-        [r["id"] for r in said],
-        [r["error"] for r in said],
+        json.dumps({f"{r['kind']}/{r['id']}": r["error"] for r in said}),
     ]
 
 

@@ -137,7 +137,7 @@ async def test_a_page_of_the_newest_rows_reads_a_piece_of_the_log(look: Look) ->
 
 
 async def test_100_000_parked_and_as_many_held_rows_are_told_in_under_a_second(look: Look) -> None:
-    """The fastest of three: this machine may be busy."""
+    """The fastest of five: this machine may be busy."""
     await _within(1.0, lambda: status.status(look))
     found = await stuck.stuck(look, Selection(), by_cause=False, limit=50)
     assert (found.total, len(found.blocked), found.blocked[0].behind) == (2000, 50, 99)
@@ -160,7 +160,7 @@ async def test_one_aggregate_is_told_in_a_moment(look: Look) -> None:
 
 async def _within(seconds: float, ask: Any) -> None:
     taken = []
-    for _ in range(3):
+    for _ in range(5):
         begun = time.perf_counter()
         await ask()
         taken.append(time.perf_counter() - begun)
