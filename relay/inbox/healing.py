@@ -157,11 +157,11 @@ class Healing:
             detail = "inbox.repair is off: it is not asked for"
             return [Asked(gap=gap, asks=0, asked_to=None, delay_s=_OFF_DELAY_S, detail=detail) for gap in wanted]
         details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
-        return [self._as_asked(gap, ranges[gap.key], details) for gap in wanted]
+        numbers = _WINDOW - room + sum(len(r) for gap in wanted for r in ranges[gap.key])
+        return [self._as_asked(gap, ranges[gap.key], details.get(gap.key), numbers / _SLOWEST) for gap in wanted]
 
-    def _as_asked(self, gap: Gap, ranges: Sequence[Range], details: Mapping[Key, str]) -> Asked:
-        detail = details.get(gap.key)
-        queued_s = sum(o.numbers for o in self._outstanding.values()) / _SLOWEST
+    def _as_asked(self, gap: Gap, ranges: Sequence[Range], detail: str | None, queued_s: float) -> Asked:
+        """`detail`: why it could not be asked for. `queued_s`: how long it may take until all that was asked for has come."""
         delay_s = gap.delay_s(self._alert_s) + (0.0 if detail else queued_s)
         if detail is None:
             now = self._clock()
