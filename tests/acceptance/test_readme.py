@@ -6,8 +6,11 @@ import asyncio
 import inspect
 import os
 import re
+import shlex
 import sys
 import textwrap
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,49 @@ async def test_the_consumer_example_issues_the_invoice(database: str, broker: st
     assert inbox.returncode == 0
 
 
+@asynccontextmanager
+async def billing_runs(database: str, broker: str, *arguments: str, **environment: str) -> AsyncIterator[Any]:
+    """An inbox that is no Python of ours, a relay, and one paid order; yields a connection to the database of both."""
+    relay = await RelayProcess.start(settings_for(database, broker))
+    inbox = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "relay", "inbox", "run", *arguments),
+        env={k: v for k, v in os.environ.items() if not k.startswith("RELAY_")}
+        | {"RELAY_POSTGRES_DSN": database, "RELAY_RABBITMQ_URL": broker, "RELAY_INBOX_BINDINGS": "order.#"}
+        | environment,
+    )
+    try:
+        async with connected(database) as db:
+            await db.execute("CREATE TABLE invoice (order_id text, amount int)")
+            await db.execute(blocks("sql", "Producing")[0])
+            yield db
+    finally:
+        inbox.terminate()
+        await inbox.wait()
+        await relay.terminate()
+    assert inbox.returncode == 0
+
+
+async def test_the_example_of_a_service_that_takes_issues_the_invoice(database: str, broker: str) -> None:
+    take = blocks("sql", "Consuming")[0]
+    async with billing_runs(database, broker, "--consumer", "billing", "--store") as db:
+        await until(lambda: db.fetchval("SELECT EXISTS (SELECT FROM relay.inbox)"))
+        await db.execute(take)
+        assert await db.fetch("SELECT * FROM invoice") == [("42", 100)]
+        assert await db.fetchval("SELECT count(*) FROM relay.inbox") == 0
+
+
+async def test_the_example_of_an_sql_function_issues_the_invoice(database: str, broker: str) -> None:
+    async with connected(database) as db:
+        await db.execute("CREATE TABLE invoice (order_id text, amount int)")
+        await db.execute(blocks("sql", "Consuming")[1])
+        await db.execute("DROP TABLE invoice")
+    (command,) = [b for b in blocks("console", "Consuming") if "RELAY_INBOX_FUNCTIONS" in b]
+    exported = dict(part.split("=", 1) for part in shlex.split(command.splitlines()[0].removeprefix("$ export ")))
+    async with billing_runs(database, broker, **exported) as db:
+        assert await until(lambda: db.fetchrow("SELECT * FROM invoice")) == ("42", 100)
+
+
 def test_the_settings_table_is_that_of_the_program() -> None:
     assert generated("settings") == settings_table(), "run: python -m tests.acceptance.readme"
 
@@ -158,7 +204,9 @@ def test_every_command_in_the_readme_exists() -> None:
     named = set(re.findall(r"(?:^\$ |`)relay ((?!\.)[a-z]+)", text, re.MULTILINE))
     assert named <= set(cli.commands), named - set(cli.commands)
     assert set(cli.commands) <= named, set(cli.commands) - named
-    assert all(isinstance(command, click.Command) for command in cli.commands.values())
+    inbox = cli.commands["inbox"]
+    assert isinstance(inbox, click.Group)
+    assert set(re.findall(r"(?:^\$ |`)relay inbox ([a-z]+)", text, re.MULTILINE)) == set(inbox.commands)
 
 
 def test_every_make_target_in_the_readme_exists() -> None:
