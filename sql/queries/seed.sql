@@ -26,6 +26,7 @@ FROM unnest($3::text[], $4::text[], $5::bigint[]) AS g (aggregate_type, aggregat
 LEFT JOIN LATERAL (
   SELECT c.last_seq FROM relay.inbox_aggregate c
   WHERE c.aggregate_id = g.aggregate_id AND c.aggregate_type = g.aggregate_type AND c.source = $2 AND c.consumer = $1
+  LIMIT 1  -- one look-up each: joined, all cursors would be read for each portion
 ) c ON true
 
 -- name: seed_cursors
