@@ -28,6 +28,7 @@ from tests.integration.test_replay_command import ended, relay, sent, started
 
 AGGREGATES = 2000
 RATE = 1_000_000
+LONG_S = 1800.0
 
 
 def main() -> int:
@@ -73,7 +74,7 @@ async def _measure(settings: Settings, consumer: str, broker: str, rows: int) ->
         await audit.declare(bind="#")
 
         with _timed("replay, all duplicates", rows):
-            done = await relay(settings, *_replay(), "--json")
+            done = await relay(settings, *_replay(), "--json", timeout_s=LONG_S)
         print("   ", done.out.strip())
         await _until(w, duplicates=rows)
         assert await _effects(w) == first, "a duplicate had an effect"
@@ -82,17 +83,17 @@ async def _measure(settings: Settings, consumer: str, broker: str, rows: int) ->
         number = json.loads(done.out)["replay"] + 1
         with _timed("replay, interrupted twice, all effects again", rows):
             one = await started(settings, *_replay())
-            await until(lambda: sent(settings, number, at_least=rows // 4), timeout_s=600)
+            await until(lambda: sent(settings, number, at_least=rows // 4), timeout_s=LONG_S)
             one.send_signal(signal.SIGINT)
             stopped = await ended(one)
             assert stopped.code == 130, stopped
             print("    Ctrl-C:", stopped.err.strip().splitlines()[-1])
             two = await started(settings, "replay", "--resume", "--rate", str(RATE))
-            await until(lambda: sent(settings, number, at_least=rows // 2), timeout_s=600)
+            await until(lambda: sent(settings, number, at_least=rows // 2), timeout_s=LONG_S)
             two.kill()
             await two.communicate()
             print(f"    kill -9 at {await sent(settings, number):,}")
-            three = await relay(settings, "replay", "--resume", "--rate", str(RATE), "--json")
+            three = await relay(settings, "replay", "--resume", "--rate", str(RATE), "--json", timeout_s=LONG_S)
             assert json.loads(three.out)["sent"] == rows, three
             await _until(w, applied=2 * rows)
         assert await _effects(w) == first, "not rebuilt exactly"
@@ -119,7 +120,7 @@ async def _until(w: World, **counts: int) -> None:
     async def reached() -> bool:
         return all(getattr(w.total, name) >= count for name, count in counts.items())
 
-    await until(reached, timeout_s=900, every_s=0.1)
+    await until(reached, timeout_s=LONG_S, every_s=0.1)
 
 
 async def _effects(w: World) -> list[tuple[str, list[int]]]:

@@ -57,14 +57,14 @@ async def started(settings: Settings, *arguments: str) -> asyncio.subprocess.Pro
     )
 
 
-async def ended(process: asyncio.subprocess.Process) -> Ended:
-    async with asyncio.timeout(60):
+async def ended(process: asyncio.subprocess.Process, *, timeout_s: float = 60) -> Ended:
+    async with asyncio.timeout(timeout_s):
         out, err = await process.communicate()
     return Ended(process.returncode or 0, out.decode(), err.decode())
 
 
-async def relay(settings: Settings, *arguments: str) -> Ended:
-    return await ended(await started(settings, *arguments))
+async def relay(settings: Settings, *arguments: str, timeout_s: float = 60) -> Ended:
+    return await ended(await started(settings, *arguments), timeout_s=timeout_s)
 
 
 @pytest.fixture
