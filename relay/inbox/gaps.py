@@ -26,6 +26,7 @@ _HELD_LOOKED_AT = 2000
 _RUN = 2000
 _EARLY_LOOKED_AT = 2000
 _WALKED = 1000
+_ASKED_LOOKED_AT = 5000
 _LEASE_S = 30.0
 """How long a claimed gap is ours: a consumer that dies while asking keeps the others from asking for no longer."""
 
@@ -241,6 +242,13 @@ async def write_asked(connection: Connection, consumer: str, asked: Sequence[Ask
             [a.detail for a in asked],
         )
     return [Told(key=_key(r), to_seq=r["to_seq"], found_by=r["found_by"]) for r in rows]
+
+
+async def asked_numbers(connection: Connection, consumer: str) -> float:
+    """How many numbers the competing consumers together have asked for and still wait for, about."""
+    with postgres_errors():
+        numbers: float = await connection.fetchval(query("asked_numbers"), consumer, _ASKED_LOOKED_AT)
+    return numbers
 
 
 async def stick(connection: Connection, consumer: str, details: Mapping[Key, tuple[int, str]]) -> list[tuple[Key, str]]:

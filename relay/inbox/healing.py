@@ -157,7 +157,8 @@ class Healing:
             detail = "inbox.repair is off: it is not asked for"
             return [Asked(gap=gap, asks=0, asked_to=None, delay_s=_OFF_DELAY_S, detail=detail) for gap in wanted]
         details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
-        numbers = _WINDOW - room + sum(len(r) for gap in wanted for r in ranges[gap.key])
+        numbers = await gaps.asked_numbers(opened, self._consumer)
+        numbers += sum(len(r) for gap in wanted for r in ranges[gap.key])
         return [self._as_asked(gap, ranges[gap.key], details.get(gap.key), numbers / _SLOWEST) for gap in wanted]
 
     def _as_asked(self, gap: Gap, ranges: Sequence[Range], detail: str | None, queued_s: float) -> Asked:

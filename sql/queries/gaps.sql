@@ -204,6 +204,18 @@ WHERE g.aggregate_id = k.aggregate_id AND g.aggregate_type = k.aggregate_type AN
   AND g.state = 'open'
 RETURNING g.source, g.aggregate_type, g.aggregate_id, g.detail
 
+-- name: asked_numbers
+-- How many numbers have been asked for, by whomever of the competing consumers, and are still waited for: all of them come through
+-- one queue. Without those that were asked for in vain so often that they are hardly on their way. Looks at so many gaps at most.
+-- $1 consumer, $2 gaps
+SELECT coalesce(sum(a.asked_to - a.asked_from + 1), 0)::double precision
+FROM (
+  SELECT g.asked_from, g.asked_to FROM relay.inbox_gap g
+  WHERE g.consumer = $1 AND g.state = 'open' AND g.next_ask_at > clock_timestamp() AND g.asks BETWEEN 1 AND 2
+    AND g.asked_from <= g.asked_to
+  ORDER BY g.next_ask_at LIMIT $2
+) AS a
+
 -- name: next_gap
 -- Seconds until the next gap is due; null if none is open.
 -- $1 consumer

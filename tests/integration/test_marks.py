@@ -205,6 +205,7 @@ INBOX: dict[str, tuple[Any, ...]] = {
     "claim_gaps": ("c", 500, 30.0),
     "gap_numbers": ("c", SHOPS, ORDERS, IDS, ONES, 2000, 50),
     "stick_gaps": ("c", SHOPS, ORDERS, IDS, ONES, IDS),
+    "asked_numbers": ("c", 5000),
     "next_gap": ("c",),
 }
 
