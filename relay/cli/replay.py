@@ -16,12 +16,15 @@ from relay.cli.acting import INTERRUPTED, Way, acting, ask
 from relay.cli.filters import selecting
 from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.replay_screen import (
+    asked,
     count_as_json,
     counted_lines,
+    counting,
     missing_lines,
     outcome_as_json,
     outcome_lines,
     progress,
+    whereto,
 )
 from relay.cli.signals import stop_on_signals
 from relay.errors import ConfigError, NothingSelected
@@ -106,7 +109,8 @@ async def _begin(settings: Settings, selection: Selection, to_queue: str | None,
     try:
         await require_current(opened)
         source = await source_of(opened, settings)
-        count = await Retained(opened).count(selection)
+        with counting():
+            count = await Retained(opened).count(selection)
         _require_rows(count, selection)
         if way.dry_run:
             _show_count(count, selection, source, to_queue, as_json=way.as_json)
@@ -186,9 +190,10 @@ async def _sent(
 def _require_rows(count: Count, selection: Selection) -> None:
     if count.rows:
         return
-    asked = ", ".join(f"{name} {value}" for name, value in selection.as_json().items())
-    gone = " It is no longer retained." if count.missing else ""
-    raise NothingSelected(f"nothing that was published and is retained is selected ({asked}): nothing was sent.{gone}")
+    gone = "".join(f" {line}." for line in missing_lines(count.missing, selection))
+    raise NothingSelected(
+        f"nothing that was published and is retained is selected ({asked(selection)}): nothing was sent.{gone}"
+    )
 
 
 def _show_count(count: Count, selection: Selection, source: str, to_queue: str | None, *, as_json: bool) -> None:
@@ -243,8 +248,6 @@ def _listed_as_json(one: Listed) -> dict[str, Any]:
 
 def _listed_line(one: Listed) -> str:
     r = one.replay
-    where = "to everyone" if r.to_queue is None else f"to the queue {r.to_queue}"
-    what = ", ".join(f"{name} {value}" for name, value in r.selection.as_json().items())
     state = "being sent" if one.is_running else r.state
     why = f": {one.why}" if one.why else ""
-    return f"replay {r.id}  {state}  {r.sent:,} of {r.total:,} rows  {where}  ({what})  {r.started_at:%Y-%m-%d %H:%M:%S} by {one.who}{why}"
+    return f"replay {r.id}  {state}  {r.sent:,} of {r.total:,} rows  {whereto(r)}  ({asked(r.selection)})  {r.started_at:%Y-%m-%d %H:%M:%S} by {one.who}{why}"

@@ -96,8 +96,36 @@ def _note(state: State, rate: float) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.{0 if seconds >= 10 else 1}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def whereto(chosen: Replay) -> str:
+    """Who gets it."""
+    return "to everyone" if chosen.to_queue is None else f"to the queue {chosen.to_queue}"
+
+
+def asked(selection: Selection) -> str:
+    """The filters, as a person would say them."""
+    told = selection.as_json()
+    if told.pop("all", False):
+        return "everything"
+    named = [str(told.pop("aggregate"))] if "aggregate" in told else []
+    return ", ".join(named + [f"{name.replace('_', ' ')} {_value(value)}" for name, value in told.items()])
+
+
+def _value(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Says that it takes its time: a log of ten million rows is counted for some seconds."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with Console(stderr=True).status("counting what is retained"):
+        yield
 
 
 def counted_lines(count: Count, selection: Selection, source: str, to_queue: str | None) -> list[str]:
@@ -154,12 +182,13 @@ def count_as_json(count: Count, selection: Selection, source: str, to_queue: str
 
 
 def outcome_lines(chosen: Replay, state: State, seconds: float) -> list[str]:
-    """How it ended; nothing here for one that was interrupted but what happened so far."""
-    where = "to everyone" if chosen.to_queue is None else f"to the queue {chosen.to_queue}"
-    done = "done" if state.done else "not done"
-    lines = [
-        f"replay {chosen.id}: {done}, {state.sent:,} of {state.total:,} rows sent {where} ({state.sent_now:,} now, in {_duration(seconds)})"
-    ]
+    """How it ended; of one that was interrupted only what is worth a look (the way on is told elsewhere)."""
+    lines = []
+    if state.done:
+        now = "" if state.sent_now == state.sent else f"{state.sent_now:,} of them now, "
+        lines.append(
+            f"replay {chosen.id}: done, {state.sent:,} of {state.total:,} rows sent {whereto(chosen)} ({now}in {_duration(seconds)})"
+        )
     if state.unroutable:
         lines.append(
             f"{state.unroutable:,} of them were unroutable: no queue is bound for their routing keys, so nobody got them"

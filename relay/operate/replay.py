@@ -121,7 +121,7 @@ class Sending:
     def way_on(self) -> str:
         """What to do after an interruption."""
         return (
-            f"Replay {self._replay.id} has sent {self.state.sent} of {self.state.total} rows; "
+            f"Replay {self._replay.id} has sent {self.state.sent:,} of {self.state.total:,} rows; "
             f"continue with: relay replay --resume {self._replay.id}"
         )
 

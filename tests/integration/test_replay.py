@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiormq
 import pytest
@@ -22,6 +23,7 @@ from relay.operate.retained import Count, Missing, Retained
 from relay.operate.selection import Selection
 from relay.postgres.connect import connection
 from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.sandbox import RabbitMQ
 from relay.settings import Settings
 from tests.harness.outbox import connected, insert, settings_for, until
 
@@ -253,6 +255,26 @@ async def test_rows_that_nobody_is_bound_for_are_counted_and_the_rest_arrives(se
     state = await replayed(settings, Selection(everything=True), None)
     assert (state.done, state.sent, state.unroutable) == (True, 5, 3)
     assert len(await orders.take()) == 2
+
+
+async def test_a_message_that_ends_the_session_is_found_left_out_and_told(
+    settings: Settings, rabbitmq: RabbitMQ, broker: str
+) -> None:
+    """The broker closes the channel over a topic that we may not write to; everything beside it arrives."""
+    orders = await Queue(broker, "orders").declare(bind="order.#")
+    vhost, user = broker.rpartition("/")[2], urlsplit(broker).username
+    may = {"exchange": "relay.events", "write": "^order", "read": ".*"}
+    await asyncio.to_thread(rabbitmq.management().request, "PUT", f"/api/topic-permissions/{vhost}/{user}", may)
+    await published(settings, [("order/1", 4), ("invoice/1", 1), ("order/2", 3), ("invoice/2", 1), ("order/3", 8)])
+    state = await replayed(settings, Selection(everything=True), None)
+    assert (state.done, state.sent, state.not_sent_rows) == (True, 17, 2)
+    assert [n.row_id for n in state.not_sent] == [5, 9]
+    assert "access to topic 'invoice.Changed'" in state.not_sent[0].detail
+    assert {(aggregate, seq) for aggregate, seq, _ in await orders.take()} == (
+        {("order/1", n) for n in range(1, 5)}
+        | {("order/2", n) for n in range(1, 4)}
+        | {("order/3", n) for n in range(1, 9)}
+    )
 
 
 async def test_a_queue_that_does_not_exist_is_told_before_anything_is_sent(settings: Settings) -> None:
