@@ -29,8 +29,8 @@ _AGGREGATES = 20
 _AGGREGATES_BESIDE_TRAFFIC = 10
 """Heads in one portion, each with up to 49 rows behind it: few, since a new event waits for the whole portion."""
 
-_TRAFFICS_SHARE = 6
-"""While there is live traffic, it has 6 t for itself after a portion that took t: an operator's retry of everything costs a seventh."""
+_TRAFFICS_SHARE = 8
+"""While there is live traffic, it has 8 t for itself after a portion that took t: an operator's retry of everything costs it a ninth."""
 
 _TRAFFIC_S = 1.0
 """So long after a page of new rows there is live traffic."""

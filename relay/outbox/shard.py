@@ -116,10 +116,10 @@ class Shard:
                         break
                     await self._rest()
                     continue
-                self._retry.saw_traffic()
                 await self._get_up()
                 following = self._read_ahead(page)
                 await self._handle(page, following)
+                self._retry.saw_traffic()  # now, not before: a page can take longer than what counts as a while
             await self._save()
             await self._retry.settle_probes()
         finally:
