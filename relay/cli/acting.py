@@ -14,8 +14,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +27,10 @@ import click
 from relay.errors import ConfigError, Declined
 from relay.log import printable
 from relay.message import Aggregate
-from relay.operate.act import SAMPLE, Act, Done, Plan, counted, perform
+from relay.operate.act import PLANS, SAMPLE, Act, Done, Plan, counted, perform
 from relay.operate.audit import Operator, person
 from relay.operate.selection import aggregate_text, require_text
-from relay.postgres.connect import PLANS, Connection, close, connect
+from relay.postgres.connect import Connection, close, connect
 from relay.postgres.migrate import require_current
 from relay.settings import PostgresSettings, Settings
 
@@ -103,12 +106,26 @@ def ask(way: Way, show: Callable[[], None], consequence: str) -> None:
         )
     show()
     try:
-        agreed = click.confirm(f"{consequence} Go on?", default=False, err=True)
+        with _interruptible():
+            agreed = click.confirm(f"{consequence} Go on?", default=False, err=True)
     except click.Abort:
         click.echo(err=True)
         agreed = False
     if not agreed:
         raise Declined("as you say: nothing was changed")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the question, also in a running event loop, which would only take note of it until the answer is typed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def has_terminal() -> bool:

@@ -28,6 +28,10 @@ from relay.postgres.queries import query
 LOCK_WAIT_S = 45.0
 """Longest wait for what a daemon has locked: for as long as its handlers are at work, and shorter than the command time-out."""
 
+PLANS = {"enable_seqscan": "off", "jit": "off"}
+"""Settings of an act's session. Each statement is planned for its own parameters anyway, being used once; but the foreign keys
+behind 100 000 marks must keep their plan: `force_custom_plan`, which the daemons need, makes one for each row."""
+
 SAMPLE = 10
 """Aggregates that are named before an act is done; of the others only the number is told."""
 

@@ -213,13 +213,14 @@ async def _entomb(connection: Connection, act: Act, plan: Plan, operator: Operat
     rows = await _locked(connection, act, plan)
     audit_id = await act.record(connection, operator, len(rows), aggregates_of(rows))
     await _mark(connection, act.name, [r["id"] for r in rows], audit_id)
+    if loose := [r["id"] for r in rows if r["aggregate_id"] is None]:
+        await connection.execute(query("drop_unordered"), loose)
     return _done(rows, plan, audit_id, [_TOMBSTONES_GO_OUT])
 
 
 async def _mark(connection: Connection, act: str, ids: Sequence[int], audit_id: int) -> None:
     await connection.execute(query("mark_tombstones"), ids, act, audit_id)
     await connection.execute(query("release_marked"), ids)
-    await connection.execute(query("drop_unordered"), ids)
     await connection.execute(query("notify_outbox"))
 
 

@@ -77,12 +77,11 @@ ON CONFLICT (id) DO NOTHING
 
 -- name: release_marked
 -- Those of the rows that hold their aggregate up are due now, as the tombstones they have become: that has never been refused.
+-- (What waits behind another row is let go by the daemon, when its turn comes.)
 -- $1 ids (bigint[])
 UPDATE relay.outbox_parked p
 SET state = 'retrying', next_attempt_at = now(), attempts = 0
-WHERE p.id = ANY ($1::bigint[]) AND p.state <> 'paused' AND p.aggregate_id IS NOT NULL
-  AND NOT EXISTS (SELECT FROM relay.outbox_parked b
-                  WHERE b.aggregate_id = p.aggregate_id AND b.aggregate_type = p.aggregate_type AND b.seq < p.seq)
+WHERE p.id = ANY ($1::bigint[]) AND p.state IN ('retrying', 'stuck') AND p.aggregate_id IS NOT NULL
 
 -- name: drop_unordered
 -- Rows without an aggregate: nobody waits for their number, so there is no tombstone on the wire.

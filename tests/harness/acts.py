@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from relay.operate.act import Act, Done, perform
+from relay.operate.act import PLANS, Act, Done, perform
 from relay.operate.audit import Operator
-from relay.postgres.connect import PLANS, Connection, close, connect
+from relay.postgres.connect import Connection, close, connect
 from relay.settings import Settings
 
 TESTER = Operator(who="tester@here", why="it is a test")

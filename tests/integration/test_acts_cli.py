@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from click.testing import CliRunner, Result
 
 from relay.cli import acting
 from relay.cli.main import cli
+from relay.errors import Declined
 
 Run = Callable[..., Result]
 PROGRAM = (sys.executable, "-m", "relay")
@@ -125,6 +130,16 @@ class TestAsking:
         result = run("retry", "--all", answer="n\n")
         assert "would retry 12 rows of 12 aggregates in the outbox: order/01, order/02," in result.stderr
         assert "order/10 and 2 more\n" in result.stderr
+
+    def test_an_interrupt_ends_the_question_in_a_running_loop_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(acting, "has_terminal", lambda: True)
+        monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: os.kill(os.getpid(), signal.SIGINT))
+
+        async def in_a_loop() -> None:
+            acting.ask(acting.Way(), lambda: None, "What then?")
+
+        with pytest.raises(Declined, match="nothing was changed"):
+            asyncio.run(in_a_loop())
 
     @pytest.mark.parametrize(("typed", "code"), [(b"y\n", 0), (b"\x03", 12)], ids=["y", "Ctrl-C"])
     def test_at_a_real_terminal(self, db: psycopg.Connection[Any], database: str, typed: bytes, code: int) -> None:
@@ -283,18 +298,22 @@ def at_terminal(database: str, arguments: list[str], typed: bytes) -> tuple[str,
         os.environ["RELAY_POSTGRES_DSN"] = database
         os.execv(sys.executable, [*PROGRAM, *arguments])  # noqa: S606
     output = b""
-    answered = False
-    while True:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        # Typed again and again: a signal that comes just before a process begins to read is noticed at the next key.
+        if not select.select([terminal], [], [], 0.3)[0]:
+            if b"[y/N]:" in output:
+                os.write(terminal, typed)
+            continue
         try:
             read = os.read(terminal, 4096)
         except OSError:  # the process has ended
             break
-        if not read:
-            break
         output += read
-        if b"[y/N]:" in output and not answered:
-            answered = True
+        if b"[y/N]:" in read:
             os.write(terminal, typed)
+    else:
+        os.kill(pid, signal.SIGKILL)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     return output.decode(), os.waitstatus_to_exitcode(status)
