@@ -33,8 +33,9 @@ secret inbox_dsn "postgresql://billing_inbox:$inbox@postgres:5432/shop"
 secret relay_url "amqp://relay:$relay_broker@rabbitmq:5672/"
 secret inbox_url "amqp://billing:$inbox_broker@rabbitmq:5672/"
 
-# The relay declares its exchange and writes to it. The inbox declares and reads its own queue and that one's dead letters,
-# and may bind the queue to the exchange, but it cannot publish events.
+# The relay declares its exchanges and writes to them, reads what inboxes ask of it, and answers straight to their queues (amq.default).
+# The inbox declares and reads its own queue and that one's dead letters, may bind the queue to the exchanges, and asks in relay.repair;
+# it cannot publish events.
 cat > "$folder/rabbitmq_definitions.json" <<DEFINITIONS
 {
   "vhosts": [{"name": "/"}],
@@ -43,11 +44,14 @@ cat > "$folder/rabbitmq_definitions.json" <<DEFINITIONS
     {"name": "billing", "password": "$inbox_broker", "tags": ""}
   ],
   "permissions": [
-    {"user": "relay", "vhost": "/", "configure": "^relay\\\\.events\$", "write": "^relay\\\\.events\$", "read": "^\$"},
+    {"user": "relay", "vhost": "/",
+     "configure": "^relay\\\\.(events(\\\\.marks)?|repair(\\\\.shop)?)\$",
+     "write": "^(relay\\\\.(events(\\\\.marks)?|repair\\\\.shop)|amq\\\\.default)\$",
+     "read": "^relay\\\\.repair(\\\\.shop)?\$"},
     {"user": "billing", "vhost": "/",
-     "configure": "^(relay\\\\.(events|dead)|billing(\\\\.dead)?)\$",
-     "write": "^(relay\\\\.dead|billing(\\\\.dead)?)\$",
-     "read": "^(relay\\\\.(events|dead)|billing(\\\\.dead)?)\$"}
+     "configure": "^(relay\\\\.(events(\\\\.marks)?|dead|repair)|billing(\\\\.dead)?)\$",
+     "write": "^(relay\\\\.(dead|repair)|billing(\\\\.dead)?)\$",
+     "read": "^(relay\\\\.(events(\\\\.marks)?|dead)|billing(\\\\.dead)?)\$"}
   ]
 }
 DEFINITIONS

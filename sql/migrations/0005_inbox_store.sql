@@ -44,6 +44,7 @@ CREATE TABLE relay.inbox (
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000);  -- a queue: what was taken is in the way of what is next
 CREATE INDEX inbox_by_aggregate ON relay.inbox (aggregate_id, aggregate_type, source, consumer, seq) WHERE aggregate_id IS NOT NULL;
 CREATE INDEX inbox_leading ON relay.inbox (consumer, id) WHERE leads;
+CREATE INDEX inbox_failed ON relay.inbox (id) WHERE attempts > 0;  -- few: what `relay stuck` looks for
 
 -- Whoever deletes the first of an aggregate: its successor leads from now on. Two that delete rows of one aggregate at the same
 -- time must exclude each other by a lock on its first row, as takers do.

@@ -126,7 +126,7 @@ GROUP BY consumer
 
 -- name: see_gap_counts
 SELECT consumer, count(*) FILTER (WHERE state = 'open') AS open, count(*) FILTER (WHERE state = 'stuck') AS stuck, min(noticed_at) AS oldest
-FROM relay.inbox_gap GROUP BY consumer
+FROM relay.inbox_gap WHERE alerted_at IS NOT NULL OR state = 'stuck' GROUP BY consumer  -- before it, what is late may only be on its way
 
 -- name: see_quarantine_counts
 -- Messages in quarantine that nobody has dismissed. What an operator skipped or purged is kept there too, and is no problem.
@@ -196,13 +196,14 @@ WITH parked AS (
   FROM held h
   WHERE h.reason <> 'early' OR NOT EXISTS (
     SELECT FROM relay.inbox_gap g WHERE g.consumer = h.consumer AND g.source = h.source
-      AND g.aggregate_type = h.aggregate_type AND g.aggregate_id = h.aggregate_id)
+      AND g.aggregate_type = h.aggregate_type AND g.aggregate_id = h.aggregate_id AND (g.alerted_at IS NOT NULL OR g.state = 'stuck'))
   UNION ALL
   SELECT 'inbox', 'gap', NULL, g.consumer, g.source, g.aggregate_type, g.aggregate_id, coalesce(c.last_seq, 0) + 1, NULL, 'gap',
     CASE g.state WHEN 'open' THEN 'retrying' ELSE g.state END, g.detail, g.noticed_at, g.asks, g.next_ask_at,
     (SELECT count(*) FROM relay.inbox_held h WHERE h.aggregate_id = g.aggregate_id AND h.aggregate_type = g.aggregate_type
        AND h.source = g.source AND h.consumer = g.consumer AND h.seq IS NOT NULL), NULL
   FROM relay.inbox_gap g LEFT JOIN relay.inbox_aggregate c USING (aggregate_id, aggregate_type, source, consumer)
+  WHERE (g.alerted_at IS NOT NULL OR g.state = 'stuck')
   UNION ALL
   SELECT 'inbox', 'quarantine', q.id, q.consumer, q.source, q.aggregate_type, q.aggregate_id, q.seq, NULL, q.reason, 'stuck', q.detail,
     q.received_at, 0, NULL, 0, NULL
@@ -311,7 +312,7 @@ SELECT g.consumer, g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.found
 FROM (
   SELECT g.*, coalesce(c.last_seq, 0) AS last_seq
   FROM relay.inbox_gap g LEFT JOIN relay.inbox_aggregate c USING (aggregate_id, aggregate_type, source, consumer)
-  WHERE g.aggregate_id = $2 AND g.aggregate_type = $1
+  WHERE g.aggregate_id = $2 AND g.aggregate_type = $1 AND (g.alerted_at IS NOT NULL OR g.state = 'stuck')
 ) g
 CROSS JOIN LATERAL (
   SELECT count(*) AS held, count(*) FILTER (WHERE h.seq <= g.to_seq) AS held_below, count(*) FILTER (WHERE h.seq = g.last_seq + h.place) AS length
@@ -529,7 +530,7 @@ SELECT g.consumer, g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.found
 FROM (
   SELECT g.*, coalesce(c.last_seq, 0) AS last_seq, count(*) OVER () AS total
   FROM relay.inbox_gap g LEFT JOIN relay.inbox_aggregate c USING (aggregate_id, aggregate_type, source, consumer)
-  WHERE ($1::text IS NULL OR g.aggregate_type LIKE $1) AND ($2::text IS NULL OR g.aggregate_id LIKE $2)
+  WHERE (g.alerted_at IS NOT NULL OR g.state = 'stuck') AND ($1::text IS NULL OR g.aggregate_type LIKE $1) AND ($2::text IS NULL OR g.aggregate_id LIKE $2)
     AND ($3::text IS NULL OR g.aggregate_type = $3) AND $4::text IS NULL
     AND ($5::text IS NULL OR g.found_by = $5) AND ($6::text IS NULL OR g.state = $6)
     AND ($7::float8 IS NULL OR g.noticed_at <= now() - make_interval(secs => $7))

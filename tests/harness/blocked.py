@@ -63,9 +63,9 @@ FROM (VALUES ('1', 3, 'failed', 'stuck', 20, 'KeyError: amount of payload-held',
              ('9', 1, 'failed', 'retrying', 2, 'ValueError: bad', interval '4 minutes'),
              (NULL, NULL, 'failed', 'retrying', 1, E'RuntimeError: one\nand more lines', interval '2 minutes'))
   AS h (id, seq, reason, state, attempts, error, age);
-INSERT INTO relay.inbox_gap (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, noticed_at, state, asks, next_ask_at, detail) VALUES
-  ('billing', 'shop', 'order', '7', 7, 'successor', now() - interval '69 minutes', 'stuck', 4, NULL, 'no longer retained'),
-  ('billing', 'shop', 'order', '10', 2, 'mark', now() - interval '20 seconds', 'open', 1, now() + interval '5 seconds', NULL);
+INSERT INTO relay.inbox_gap (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, noticed_at, alerted_at, state, asks, next_ask_at, detail) VALUES
+  ('billing', 'shop', 'order', '7', 7, 'successor', now() - interval '69 minutes', now() - interval '69 minutes', 'stuck', 4, NULL, 'no longer retained'),
+  ('billing', 'shop', 'order', '10', 2, 'mark', now() - interval '20 seconds', now() - interval '15 seconds', 'open', 1, now() + interval '5 seconds', NULL);
 INSERT INTO relay.inbox_quarantine (consumer, reason, detail, message_id, exchange, routing_key, properties, body, received_at, dismissed_at) VALUES
   ('billing', 'conflict', 'number 2 was applied with another content', 'm-1-2', 'relay.events', 'order.Changed',
    '{"app_id": "shop", "aggregate_type": "order", "aggregate_id": "1", "sequence": 2}', 'payload-quarantined', now() - interval '15 minutes', NULL),
