@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from pathlib import Path
 
 import click
@@ -39,7 +40,8 @@ async def _print(settings: Settings, types: tuple[str, ...]) -> None:
         await require_current(opened)
         source = await producer.source_of(opened, settings.source)
         count = 0
-        async for portion in producer.read(opened, types):
-            click.echo(producer.to_lines(source, portion), nl=False)
-            count += len(portion)
+        async with aclosing(producer.read(opened, types)) as portions:
+            async for portion in portions:
+                click.echo(producer.to_lines(source, portion), nl=False)
+                count += len(portion)
     click.echo(producer.last_line(source, count), nl=False)

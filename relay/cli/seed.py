@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -99,9 +99,8 @@ def seed_command(
         order = Order(
             consumer=name,
             selection=Selection(aggregate_type=types[0] if len(types) == 1 else None, everything=not types),
-            also={"types": list(types)} if len(types) > 1 else {},
+            types=types,
             force=force,
-            is_complete=True,
         )
         if file is not None:
             with _seekable(file) as lines:
@@ -131,7 +130,7 @@ async def _seed_one(settings: Settings, consumer: str, selection: Selection, at:
         raise ConfigError(f"{selection.aggregate}: --at puts one aggregate's cursor; name it in full, without *")
     async with _consumers(settings) as opened:
         source = await source_for(opened, consumer, exact, selection.source)
-        order = Order(consumer=consumer, selection=selection, also={"at": at}, force=force, is_complete=False)
+        order = Order(consumer=consumer, selection=selection, at=at, force=force)
         await _carry_out(opened, order, producer.of_one(source, Counter(*exact, at)), way)
 
 
@@ -167,8 +166,10 @@ async def _carry_out(
 ) -> None:
     """Count, ask; then the queue, and only then the counters for good."""
     operator = way.operator
-    if order.is_complete and not counters.aggregates and order.also:
-        raise NothingSelected(f"source {counters.source} has counted nothing of these types: nothing was changed")
+    if order.types and not counters.aggregates:
+        raise NothingSelected(
+            f"source {counters.source} has counted nothing of the type {', '.join(order.types)}: nothing was changed"
+        )
     if way.dry_run or not way.yes:
         found = await _compared(opened, order, counters)
         if way.dry_run:
@@ -187,15 +188,16 @@ async def _carry_out(
         operator=operator,
         selection=order.selection,
         also=order.also,
-        is_complete=order.is_complete,
+        is_complete=order.at is None,
     )
     _tell(as_json(order, counters, done) if way.as_json else done_lines(order, done, notes))
 
 
 async def _compared(opened: Connection, order: Order, counters: Counters) -> Compared:
     found = Compared()
-    async for portion in counters.portions():
-        found += await compare(opened, order.consumer, counters.source, portion)
+    async with aclosing(counters.portions()) as portions:
+        async for portion in portions:
+            found += await compare(opened, order.consumer, counters.source, portion)
     return found
 
 

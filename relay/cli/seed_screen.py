@@ -18,31 +18,47 @@ class Order:
 
     consumer: str
     selection: Selection
-    also: dict[str, object]  # what the audit tells beside the selection
+    types: tuple[str, ...] = ()  # only of these aggregate types
+    at: int | None = None  # of one aggregate, by hand
     force: bool
-    is_complete: bool  # afterwards the consumer may start from now
+
+    @property
+    def also(self) -> dict[str, object]:
+        """What the audit tells beside the selection."""
+        told: dict[str, object] = {} if self.at is None else {"at": self.at}
+        return told | ({"types": list(self.types)} if len(self.types) > 1 else {})
 
 
 def compared_lines(order: Order, counters: Counters, found: Compared, notes: Sequence[str]) -> list[str]:
     """Before: what would become of the cursors."""
     types = ", ".join(f"{kind} {n:,}" for kind, n in counters.types.items())
     aggregates = counted(counters.aggregates, "aggregate") + (f" ({types})" if types else "")
+    start = f"consumer {order.consumer} would start where source {counters.source} has counted to: {aggregates}"
+    if order.at is not None:
+        start = f"consumer {order.consumer} would start {order.selection.aggregate} of source {counters.source} after {order.at}"
     lines = [
-        f"consumer {order.consumer} would start where source {counters.source} has counted to: {aggregates}",
+        start,
         f"  {counted(found.missing + found.at_zero, 'cursor')} would be put there, {found.same:,} are there already",
     ]
     if found.elsewhere:
-        fate = "would be moved as well (--force)" if order.force else "would be left alone (--force moves them too)"
-        lines.append(f"  {counted(found.elsewhere, 'cursor')} that count already {fate}")
+        fate = "would be moved as well (--force)" if order.force else "would be left alone (--force moves them, too)"
+        lines.append(f"  {counted(found.elsewhere, 'cursor counts', 'cursors count')} already and {fate}")
     return lines + [f"  {note}" for note in notes]
 
 
 def done_lines(order: Order, done: Seeded, notes: Sequence[str]) -> list[str]:
     """After: what became of them."""
-    put = counted(done.created + done.moved, "cursor")
+    put = done.created + done.moved
     lines = [
-        f"consumer {order.consumer}: {put} put where source {done.source} has counted to, {done.left_alone:,} left as they were"
+        f"consumer {order.consumer}: {counted(put, 'cursor')} put where source {done.source} has counted to, {done.left_alone:,} left as they were"
     ]
+    if order.at is not None:
+        now = (
+            f"is at {order.at} now; {order.at + 1} is applied next"
+            if put
+            else "was left as it is: it is there, or counts already (--force moves it)"
+        )
+        lines = [f"consumer {order.consumer}: {order.selection.aggregate} of source {done.source} {now}"]
     if done.set_aside:
         lines.append(
             f"  {counted(done.set_aside, 'held message')} from before went to relay.inbox_quarantine (reason skipped)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter as Tally
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -36,13 +36,17 @@ class Counter:
     last_seq: int
 
 
+Portions = AsyncGenerator[Sequence[Counter], None]
+"""Counters in batches; close it (`contextlib.aclosing`): it may hold a transaction open."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
     """All counters of one producer: what there is, and a way to read it as often as needed."""
 
     source: str
     types: dict[str, int]  # how many aggregates, by type
-    portions: Callable[[], AsyncIterator[Sequence[Counter]]]
+    portions: Callable[[], Portions]
 
     @property
     def aggregates(self) -> int:
@@ -70,7 +74,7 @@ def of_lines(file: BinaryIO, *, types: Sequence[str]) -> Counters:
     if len(sources) > 1:
         raise InputError(f"the counters are of several sources ({', '.join(sorted(sources))}): give one file each")
 
-    async def portions() -> AsyncIterator[Sequence[Counter]]:
+    async def portions() -> Portions:
         file.seek(0)
         portion: list[Counter] = []
         for _, counter in from_lines(file):
@@ -88,7 +92,7 @@ def of_lines(file: BinaryIO, *, types: Sequence[str]) -> Counters:
 def of_one(source: str, counter: Counter) -> Counters:
     """One counter, given by hand."""
 
-    async def portions() -> AsyncIterator[Sequence[Counter]]:
+    async def portions() -> Portions:
         yield [counter]
 
     return Counters(source=source, types={counter.aggregate_type: 1}, portions=portions)
@@ -116,7 +120,7 @@ async def count(connection: Connection, types: Sequence[str] | None) -> dict[str
     return {r["aggregate_type"]: r["aggregates"] for r in found}
 
 
-async def read(connection: Connection, types: Sequence[str] | None) -> AsyncIterator[list[Counter]]:
+async def read(connection: Connection, types: Sequence[str] | None) -> Portions:
     """All counters as of one moment, in the order in which cursors are locked, in batches."""
     with postgres_errors():
         async with connection.transaction(isolation="repeatable_read", readonly=True):

@@ -6,8 +6,8 @@ counters is in the queue, and what of the queue is not after them is dropped as 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 import asyncpg
@@ -15,7 +15,7 @@ import asyncpg
 from relay.errors import ConfigError, PostgresUnavailable
 from relay.message import TOMBSTONE
 from relay.operate.audit import Operator, record
-from relay.operate.counters import Counter
+from relay.operate.counters import Counter, Portions
 from relay.operate.selection import Selection
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -73,7 +73,7 @@ async def seed(
     *,
     consumer: str,
     source: str,
-    counters: AsyncIterator[Sequence[Counter]],
+    counters: Portions,
     force: bool,
     operator: Operator,
     selection: Selection,
@@ -89,8 +89,9 @@ async def seed(
     with _told_of_locks(), postgres_errors():
         async with connection.transaction(isolation="read_committed"):
             await connection.execute(query("limit_lock_wait"), str(_LOCK_WAIT_MS))
-            async for portion in counters:
-                done = await _portion(connection, consumer, done, portion, force=force)
+            async with aclosing(counters):
+                async for portion in counters:
+                    done = await _portion(connection, consumer, done, portion, force=force)
             if is_complete:
                 await connection.execute(query("record_seed"), consumer, source, done.aggregates)
             exact = selection.exact()

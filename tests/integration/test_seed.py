@@ -220,7 +220,7 @@ async def test_one_aggregate_by_hand_needs_a_source_that_is_known_or_named(consu
     named = await consumer.seed("order/1", "--at", "5", "--source", "shop", "--yes")
     assert (named.code, named.lines()) == (
         0,
-        ["consumer shop: 1 cursor put where source shop has counted to, 0 left as they were"],
+        ["consumer shop: order/1 of source shop is at 5 now; 6 is applied next"],
     )
     assert await consumer.cursors() == {"order/1": 5}
     back = await consumer.seed("order/1", "--at", "3", "--yes", "--force")
@@ -287,6 +287,7 @@ async def test_lines_that_were_cut_off_or_changed_are_refused_whole(
         (("order/1", "--at", "5", "--type", "order"), 2, "seeded by itself"),
         (("--source", "shop"), 2, "--source is for one aggregate"),
         ((), 2, "nobody can be asked without a terminal"),
+        (("--type", "ordr", "--yes"), 11, "source shop has counted nothing of the type ordr"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
