@@ -301,8 +301,8 @@ def at_terminal(database: str, arguments: list[str], typed: bytes) -> tuple[str,
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         # Typed again and again: a signal that comes just before a process begins to read is noticed at the next key.
-        if not select.select([terminal], [], [], 0.3)[0]:
-            if b"[y/N]:" in output:
+        if not select.select([terminal], [], [], 1.0)[0]:
+            if b"[y/N]:" in output and b"\n" not in output.partition(b"[y/N]:")[2]:
                 os.write(terminal, typed)
             continue
         try:
