@@ -60,12 +60,12 @@ def cli() -> None:
 @set_option
 @click.option("--print", "printing", is_flag=True, help="Print the SQL instead of running it; needs no connection.")
 def migrate(config: Path | None, assignments: tuple[str, ...], *, printing: bool) -> None:
-    r"""Create or update relay's schema. Safe to run twice, and by two processes at once.
+    """Create or update relay's schema. Safe to run twice, and by two processes at once.
 
     \b
     relay migrate                      apply what is missing
     relay migrate --print | psql ...   let somebody else apply it
-    """
+    """  # noqa: D301 - click's own mark: do not wrap this paragraph
     if printing:
         click.echo(schema.printed(), nl=False)
         return
