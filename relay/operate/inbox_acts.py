@@ -252,7 +252,7 @@ async def _finish(
 ) -> Done:
     """The record, and the hint to the daemon. What is not there any more was applied, or taken, meanwhile."""
     if not rows:
-        raise nothing(act.selection, f"all {counted(plan.rows, 'message')} went through meanwhile")
+        raise nothing(act.selection, f"what was counted ({counted(plan.rows, 'message')}) went through meanwhile")
     aggregates = aggregates_of(rows)
     audit_id = await act.record(connection, operator, len(rows), aggregates)
     await connection.execute(query("notify_inbox"), plan.consumer)

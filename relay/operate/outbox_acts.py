@@ -52,7 +52,9 @@ class Retry(Act):
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Due now."""
-        rows = await _locked(connection, self, plan)
+        rows = [r for r in await _locked(connection, self, plan) if r["state"] != "paused"]
+        if not rows:
+            raise nothing(self.selection, "what is selected was paused meanwhile", "`relay resume` lets it go on.")
         audit_id = await self.record(connection, operator, len(rows), aggregates_of(rows))
         await connection.execute(query("retry_parked"), [r["id"] for r in rows])
         await connection.execute(query("notify_outbox"))
@@ -205,7 +207,7 @@ async def _locked(connection: Connection, act: Act, plan: Plan) -> list[asyncpg.
     await connection.execute(query("lock_outbox_cursors"))
     rows = await connection.fetch(query("still_parked"), plan.ids)
     if not rows:
-        raise nothing(act.selection, f"all {counted(plan.rows, 'row')} went out meanwhile")
+        raise nothing(act.selection, f"what was counted ({counted(plan.rows, 'row')}) went out meanwhile")
     return rows
 
 
@@ -226,5 +228,5 @@ async def _mark(connection: Connection, act: str, ids: Sequence[int], audit_id: 
 
 def _done(rows: Sequence[asyncpg.Record], plan: Plan, audit_id: int, notes: list[str]) -> Done:
     if (gone := plan.rows - len(rows)) > 0:
-        notes = [f"{counted(gone, 'row')} went out meanwhile", *notes]
+        notes = [f"{counted(gone, 'row')} went out, or was paused, meanwhile", *notes]
     return Done(rows=len(rows), aggregates=len(aggregates_of(rows)), audit_id=audit_id, notes=notes)

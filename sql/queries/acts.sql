@@ -61,12 +61,12 @@ ORDER BY c.id
 -- name: still_parked
 -- Those of the counted rows that are parked still. A row that was published meanwhile is not, and nothing else takes its place.
 -- $1 ids (bigint[])
-SELECT id, aggregate_type, aggregate_id FROM relay.outbox_parked WHERE id = ANY ($1::bigint[]) ORDER BY id
+SELECT id, aggregate_type, aggregate_id, state FROM relay.outbox_parked WHERE id = ANY ($1::bigint[]) ORDER BY id
 
 -- name: retry_parked
--- The heads are tried next. What is paused stays so. The attempts stay: what is stuck and fails once more is stuck again.
+-- The heads are tried next. The attempts stay: what is stuck and fails once more is stuck again.
 -- $1 ids (bigint[])
-UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now() WHERE id = ANY ($1::bigint[]) AND state <> 'paused'
+UPDATE relay.outbox_parked SET state = 'retrying', next_attempt_at = now() WHERE id = ANY ($1::bigint[])
 
 -- name: mark_tombstones
 -- From here on whoever publishes these rows publishes tombstones.

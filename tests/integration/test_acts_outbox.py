@@ -181,6 +181,9 @@ class TestSkip:
             await tables.db.fetchval("SELECT aggregate_id FROM relay.outbox_tombstone JOIN relay.outbox USING (id)")
             == "3"
         )
+        row = await tables.db.fetchrow("SELECT state, attempts FROM relay.outbox_parked WHERE aggregate_id = '3'")
+        assert row is not None
+        assert tuple(row.values()) == ("retrying", 0)  # the tombstone has never been refused
         with pytest.raises(NothingSelected, match="1 row skipped already, on the way as tombstones"):
             await tables.act(Skip(Selection(aggregate="stock/3")))
 
@@ -190,7 +193,7 @@ class TestSkip:
         plan = await act.plan(tables.db)
         await tables.db.execute("DELETE FROM relay.outbox_parked WHERE seq = 1")
         await tables.db.execute("UPDATE relay.outbox_parked SET reason = 'nacked', state = 'stuck'")
-        with pytest.raises(NothingSelected, match="all 1 row went out meanwhile"):
+        with pytest.raises(NothingSelected, match=r"what was counted \(1 row\) went out meanwhile"):
             await perform(tables.db, act, plan, TESTER)
         assert await tables.db.fetchval("SELECT count(*) FROM relay.outbox_tombstone") == 0
         assert await audits(tables.db) == []
@@ -448,6 +451,39 @@ class TestCountedFirst:
         assert (done.rows, await marked(tables)) == (2, [("1", 1), ("1", 2)])
         assert await audits(tables.db) == [("outbox", "purge", {"all": True}, 2, [])]
 
+    async def test_what_was_paused_after_the_count_is_not_retried(self, tables: World) -> None:
+        await parked(tables, "stock/1", "nacked")
+        await parked(tables, "stock/2", "nacked")
+        act = Retry(Selection(everything=True))
+        plan = await act.plan(tables.db)
+        await tables.db.execute("UPDATE relay.outbox_parked SET state = 'paused' WHERE aggregate_id = '1'")
+        done = await perform(tables.db, act, plan, TESTER)
+        assert (done.rows, done.notes[0]) == (1, "1 row went out, or was paused, meanwhile")
+        assert [r[3] for r in await tables.parked()] == ["paused", "retrying"]
+
+    async def test_what_the_daemon_is_writing_down_as_published_is_waited_for(
+        self, tables: World, database: str
+    ) -> None:
+        await parked(tables, "stock/1", "nacked")
+        act = Skip(Selection(everything=True))
+        plan = await act.plan(tables.db)
+        async with connected(database) as daemon:
+            transaction = daemon.transaction()
+            await transaction.start()
+            await daemon.execute("UPDATE relay.outbox_cursor SET high_id = high_id")  # the fence, which comes first
+            await daemon.execute("DELETE FROM relay.outbox_parked")
+            acting = asyncio.create_task(perform(tables.db, act, plan, TESTER))
+            async with connected(database) as onlooker:
+                await until(
+                    lambda: onlooker.fetchval(
+                        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')"
+                    )
+                )
+            await transaction.commit()
+            with pytest.raises(NothingSelected, match=r"what was counted \(1 row\) went out meanwhile"):
+                await acting
+        assert await marked(tables) == []
+
     async def test_an_act_that_fails_leaves_neither_effect_nor_record(self, tables: World) -> None:
         await parked(tables, "stock/1", "nacked")
         await tables.db.execute("ALTER TABLE relay.outbox_tombstone ADD CHECK (id < 0)")
@@ -626,8 +662,8 @@ async def parked(
     kind, _, name = aggregate.partition("/")
     await insert(world.db, aggregate, count=count, event_type=event_type)
     await world.db.execute(
-        "INSERT INTO relay.outbox_parked (id, shard, aggregate_type, aggregate_id, seq, reason, state, next_attempt_at)"
-        " SELECT id, shard, aggregate_type, aggregate_id, seq, CASE seq WHEN 1 THEN $3 ELSE 'behind' END, CASE seq WHEN 1 THEN $4 ELSE 'waiting' END,"
+        "INSERT INTO relay.outbox_parked (id, shard, aggregate_type, aggregate_id, seq, reason, attempts, state, next_attempt_at)"
+        " SELECT id, shard, aggregate_type, aggregate_id, seq, CASE seq WHEN 1 THEN $3 ELSE 'behind' END, CASE seq WHEN 1 THEN 20 ELSE 0 END, CASE seq WHEN 1 THEN $4 ELSE 'waiting' END,"
         " CASE WHEN seq = 1 AND $4 = 'retrying' THEN now() END FROM relay.outbox WHERE aggregate_type = $1 AND aggregate_id = $2",
         kind,
         name,
