@@ -256,7 +256,11 @@ class TestAPausedShard:
             await pause(db, shard=0)
             await until(lambda: _is_paused(outbox))
             attempts = await db.fetchval("SELECT attempts FROM relay.outbox_parked")
-            await asyncio.sleep(0.3)  # six delays
+            await db.execute("UPDATE relay.outbox_parked SET next_attempt_at = now()")
+            looks = outbox.progress[0].looks
+            for n in range(1, 4):  # each makes it go round, and the row is due
+                await db.execute("SELECT pg_notify('relay_outbox', 'operate')")
+                await wait_until(outbox.progress[0], lambda p, n=n: p.looks >= looks + n)  # type: ignore[misc]
             assert await db.fetchval("SELECT attempts FROM relay.outbox_parked") == attempts
             await witness.queue.bind(witness.exchange, "ghost.#")
             await resume(db)
