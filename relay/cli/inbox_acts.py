@@ -29,6 +29,7 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
 
     \b
     relay inbox retry order/42
+    relay inbox retry "order/4*"          * is any characters, \\* an asterisk
     relay inbox retry --error "connection refused"
     relay inbox retry --state stuck --dry-run
     relay inbox retry --all --yes --why "billing 2.3.1 is deployed"

@@ -33,6 +33,7 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
 
     \b
     relay retry order/42
+    relay retry "order/4*"                * is any characters, \\* an asterisk
     relay retry --cause unroutable        after binding the queue
     relay retry --state stuck --type order --dry-run
     relay retry --all --yes --why "disk of the broker was full"

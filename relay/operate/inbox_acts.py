@@ -67,7 +67,7 @@ class Skip(InboxAct):
 
     async def plan(self, connection: Connection) -> Plan:
         """The same messages as for a retry."""
-        return await _plan_failed(connection, self)
+        return await _plan_failed(connection, self, alive=True)
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Tombstones in their places."""
@@ -83,7 +83,7 @@ class Purge(InboxAct):
     async def plan(self, connection: Connection) -> Plan:
         """Whole lines: the first held messages that the filters describe, and all that waits behind them."""
         consumer = await self.choose_consumer(connection)
-        held = await _held(connection, self.selection, consumer, lines=True)
+        held = _alive(await _held(connection, self.selection, consumer, lines=True))
         stored = await _given_back(connection, self.selection, consumer)
         _refuse_mixed(self.selection, held, stored)
         if not held and not stored:
@@ -159,10 +159,11 @@ _GOES_ON = (
 )
 
 
-async def _plan_failed(connection: Connection, act: InboxAct) -> Plan:
+async def _plan_failed(connection: Connection, act: InboxAct, *, alive: bool = False) -> Plan:
     consumer = await act.choose_consumer(connection)
     selection = act.selection
     held = await _held(connection, selection, consumer, lines=False)
+    held = _alive(held) if alive else held
     stored = await _given_back(connection, selection, consumer)
     _refuse_mixed(selection, held, stored)
     if not held and not stored:
@@ -172,6 +173,11 @@ async def _plan_failed(connection: Connection, act: InboxAct) -> Plan:
             "What waits for a missing number has not failed: see `relay inbox gaps`.",
         )
     return _plan(held, stored, consumer)
+
+
+def _alive(held: Sequence[asyncpg.Record]) -> list[asyncpg.Record]:
+    """Without those that were given up before, and tombstones of the producer's: they have no content to set aside."""
+    return [r for r in held if r["event_type"] != TOMBSTONE]
 
 
 def _refuse_mixed(selection: Selection, held: Sequence[object], stored: Sequence[object]) -> None:

@@ -158,7 +158,9 @@ class Reset(InboxAct):
             notes.append(
                 f"{counted(untaken, 'stored message')} that nobody had taken were removed: they are stored again"
             )
-        notes.append(f"next: `relay replay --to-queue {plan.consumer}` at the producer sends the events again")
+        notes.append(
+            f"next: `relay replay {self._replayed} --to-queue {plan.consumer}` at the producer sends the events again"
+        )
         return Done(rows=len(rows), aggregates=len(aggregates), audit_id=audit_id, notes=notes)
 
     async def _drop_stored(self, connection: Connection, consumer: str | None) -> int:
@@ -166,6 +168,13 @@ class Reset(InboxAct):
         ids = [r["id"] for r in await connection.fetch(query("select_stored_again"), consumer)]
         await lock_first_stored(connection, consumer, ids)
         return len(await connection.fetch(query("drop_stored"), consumer, ids)) if ids else 0
+
+    @property
+    def _replayed(self) -> str:
+        """What was reset, as `relay replay` wants to be told."""
+        if self.selection.aggregate is not None:
+            return f"'{self.selection.aggregate}'"
+        return "--all" if self.selection.aggregate_type is None else f"--type {self.selection.aggregate_type}"
 
     @property
     def _forgets_unordered(self) -> bool:

@@ -72,10 +72,8 @@ class Skip(Act):
         found = await _selected(connection, self.selection)
         refused = [r for r in found if r["reason"] not in _NOT_AT_FAULT and not r["is_marked"]]
         chosen, notes = _without_paused(refused, self.selection)
-        if not chosen and (marked := sum(r["is_marked"] for r in found)):
-            raise nothing(self.selection, f"{counted(marked, 'row')} skipped already, on the way as tombstones")
         if not chosen:
-            raise nothing(self.selection, "no row that was refused is selected", *notes)
+            raise nothing(self.selection, _marked_already(found) or "no row that was refused is selected", *notes)
         return _plan(chosen, notes)
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
@@ -94,7 +92,7 @@ class Purge(Act):
         found = await _selected(connection, self.selection, lines=True)
         chosen, notes = _without_paused([r for r in found if not r["is_marked"]], self.selection)
         if not chosen:
-            raise nothing(self.selection, "nothing that is parked is selected", *notes)
+            raise nothing(self.selection, _marked_already(found) or "nothing that is parked is selected", *notes)
         return _plan(chosen, notes)
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
@@ -196,6 +194,12 @@ def _without_paused(rows: Sequence[asyncpg.Record], selection: Selection) -> tup
     paused = len(rows) - len(chosen)
     note = f"{counted(paused, 'row')} left alone: paused (name the aggregate, or say --cause paused)"
     return chosen, [note] if paused else []
+
+
+def _marked_already(rows: Sequence[asyncpg.Record]) -> str:
+    """What to say of rows that were given up before and are still parked; empty if there are none."""
+    marked = sum(r["is_marked"] for r in rows)
+    return f"{counted(marked, 'row')} given up already, on the way as tombstones" if marked else ""
 
 
 def _plan(rows: Sequence[asyncpg.Record], notes: Sequence[str]) -> Plan:

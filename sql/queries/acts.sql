@@ -169,7 +169,7 @@ WITH mine AS (
   UNION ALL
   SELECT m.*, head AS cause FROM head JOIN mine m USING (aggregate_id, aggregate_type, source) WHERE m.seq IS NOT NULL
 )
-SELECT c.id, c.aggregate_type, c.aggregate_id, c.id = (c.cause).id AS is_head, (c.cause).reason AS head_reason
+SELECT c.id, c.aggregate_type, c.aggregate_id, c.event_type, c.id = (c.cause).id AS is_head, (c.cause).reason AS head_reason
 FROM chosen c
 WHERE ($6::text IS NULL OR (c.cause).reason = $6 OR ($6 = 'gap' AND (c.cause).reason = 'early'))
   AND ($7::text IS NULL OR (c.cause).state = $7) AND ($8::text IS NULL OR (c.cause).error ILIKE $8)

@@ -52,7 +52,8 @@ SELECT id, shard, aggregate_type, aggregate_id, seq, CASE seq WHEN 1 THEN 'nacke
        CASE seq WHEN 1 THEN 20 ELSE 0 END FROM relay.outbox;
 INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq) VALUES ('billing', 'shop', 'order', '1', 4);
 INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, body, digest, reason, state, error)
-VALUES ('billing', 'shop', 'order', '1', 5, 'm', 'Paid', 'application/json', '{}', '', 'failed', 'stuck', 'KeyError');
+VALUES ('billing', 'shop', 'order', '1', 5, 'm', 'Paid', 'application/json', '{}', '', 'failed', 'stuck', 'KeyError'),
+       ('billing', 'shop', 'order', '1', 6, 'n', 'Paid', 'application/json', '{}', '', 'behind', 'waiting', NULL);
 INSERT INTO relay.inbox_gap (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, state) VALUES ('billing', 'shop', 'order', '9', 2, 'mark', 'stuck');
 INSERT INTO relay.inbox_quarantine (consumer, reason, detail, exchange, routing_key, properties, body) VALUES ('billing', 'foreign', 'd', '', '', '{}', '');
 """

@@ -166,6 +166,14 @@ class TestSkip:
             ("inbox", "skip", {"aggregate": "order/1", "consumer": "shop"}, 1, ["order/1"])
         ]
 
+    async def test_what_was_given_up_before_is_not_given_up_again(self, tables: World) -> None:
+        await failed(tables, "1")
+        await act(tables, Skip(ALL))
+        with pytest.raises(NothingSelected):
+            await act(tables, Skip(ALL))
+        assert (await act(tables, Purge(ALL))).rows == 1  # what waits behind it
+        assert [q[0] for q in await quarantine(tables)] == ["skipped", "purged"]
+
     async def test_by_error_takes_the_failed_ones_only(self, shop: World) -> None:
         patient = Patient(("1", 1), ("2", 1))
         async with shop.running(patient.inbox):
@@ -321,7 +329,7 @@ class TestReset:
         await shop.db.execute("TRUNCATE effect")
         done = await act(shop, Reset(Selection(everything=True, consumer="shop")))
         assert (done.rows, done.aggregates) == (2, 2)
-        assert done.notes == ["next: `relay replay --to-queue shop` at the producer sends the events again"]
+        assert done.notes == ["next: `relay replay --all --to-queue shop` at the producer sends the events again"]
         async with shop.running(recording(), consumers=2):
             random.Random(1).shuffle(history)
             await shop.publish([*history, *history])

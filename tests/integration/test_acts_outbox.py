@@ -184,7 +184,7 @@ class TestSkip:
         row = await tables.db.fetchrow("SELECT state, attempts FROM relay.outbox_parked WHERE aggregate_id = '3'")
         assert row is not None
         assert tuple(row.values()) == ("retrying", 0)  # the tombstone has never been refused
-        with pytest.raises(NothingSelected, match="1 row skipped already, on the way as tombstones"):
+        with pytest.raises(NothingSelected, match="1 row given up already, on the way as tombstones"):
             await tables.act(Skip(Selection(aggregate="stock/3")))
 
     async def test_a_head_that_went_out_meanwhile_is_not_replaced_by_the_next_one(self, tables: World) -> None:
