@@ -51,10 +51,10 @@ def unsendable(rows: Sequence[Row], blocked: AbstractSet[Aggregate], pauses: Pau
     """Positions of the rows that must not be sent: those that a pause holds, and those behind one or in a blocked aggregate."""
     if not blocked and not pauses.any_rows:
         return frozenset()
-    held = set(blocked)
+    held: set[Aggregate] = set()  # beside `blocked`, which may be a million: not copied
     found = set()
     for position, row in enumerate(rows):
-        if row.aggregate in held or pauses.hold(row):
+        if row.aggregate in held or row.aggregate in blocked or pauses.hold(row):
             found.add(position)
             if row.aggregate is not None:
                 held.add(row.aggregate)
@@ -67,13 +67,13 @@ def settle(
     """Divide a page. An outcome None: the row was not sent, because it is paused, or its aggregate is blocked or failed before it."""
     confirmed: list[Row] = []
     parked: list[Parked] = []
-    held = set(blocked)
+    held: set[Aggregate] = set()  # beside `blocked`
     settled = 0
     for row, outcome in zip(rows, outcomes, strict=True):
         if isinstance(outcome, Unknown):
             break
         settled += 1
-        if row.aggregate in held:
+        if row.aggregate in held or row.aggregate in blocked:
             parked.append(Parked(row, "behind"))
         elif isinstance(outcome, Confirmed):
             confirmed.append(row)
@@ -85,8 +85,15 @@ def settle(
 
 
 def is_done(row: Row, outcome: Outcome | None) -> bool:
-    """True when the row need not be sent again: confirmed, or the tombstone of an event that nobody waits for."""
-    return isinstance(outcome, Confirmed) or (row.is_tombstone and isinstance(outcome, Returned))
+    """True when the row need not be sent again: confirmed, or the tombstone of an event that nobody waits for.
+
+    Nobody is bound for it, or it cannot be written down: a routing key that is too long, say, which no event had either.
+    """
+    if isinstance(outcome, Confirmed):
+        return True
+    return row.is_tombstone and (
+        isinstance(outcome, Returned) or (isinstance(outcome, Refused) and outcome.reason in ("unencodable", "too_large"))
+    )
 
 
 def refusal(row: Row, outcome: Outcome | None) -> Parked:

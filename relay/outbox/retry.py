@@ -96,6 +96,13 @@ class Retry:
             times.append(self._blocked.look_at)
         return max(0.0, min([seconds, *(at - self._clock() for at in times)]))
 
+    @property
+    def busy(self) -> bool:
+        """True while a row is being tried alone, or is due: with those a drain is not done."""
+        if self._blocked.shard_is_paused:
+            return False
+        return self._probing is not None or (self._due_at is not None and self._due_at <= self._clock())
+
     def saw_traffic(self) -> None:
         """New rows are being published: for a while this takes no more than a bounded share of the time."""
         self._traffic_until = self._clock() + _TRAFFIC_S

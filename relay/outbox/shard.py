@@ -84,7 +84,7 @@ class Shard:
         )
 
     async def run(self, *, drain: bool = False) -> int:
-        """Work until `stop` is set; with `drain`, until nothing is left to publish. Returns how many rows are parked.
+        """Work until `stop` is set; with `drain`, until nothing is left that can be published now. Returns how many rows are parked.
 
         Raises BrokerError or PostgresError when the session is over, LeaseLost when another relay owns the shard.
         """
@@ -100,9 +100,10 @@ class Shard:
                 if not self._blocked.shard_is_paused:
                     await self._retry.step()
                 if self._is_held_up():
-                    if drain:
+                    if not drain:
+                        await self._pause()
+                    elif await self._is_drained():
                         break
-                    await self._pause()
                     continue
                 page = await (following or self._read())
                 following = None
@@ -112,9 +113,10 @@ class Shard:
                     if closing:  # the end of a backlog says nothing about what was committed since it was opened
                         self._dirty = True
                         continue
-                    if drain:
+                    if not drain:
+                        await self._rest()
+                    elif await self._is_drained():
                         break
-                    await self._rest()
                     continue
                 await self._get_up()
                 following = self._read_ahead(page)
@@ -258,10 +260,18 @@ class Shard:
         return why is not None
 
     async def _pause(self) -> None:
+        await self._get_up()  # asleep, every producer would notify for as long as this lasts
         await self._save()
         await self._nap(self._settings.poll_interval_s)
 
     # --- nothing to do
+
+    async def _is_drained(self) -> bool:
+        """True when no parked row is due either; otherwise a short time later."""
+        if self._retry.busy:
+            await self._nap(_BACKOFF_LAST_S)
+            return False
+        return True
 
     async def _rest(self) -> None:
         """Nothing is new: look again soon for a while, then fall asleep if no producer is at work."""

@@ -233,12 +233,13 @@ FROM first WHERE p.id = first.id AND first.state = 'waiting'
 
 -- name: hold_paused
 -- Rows that would be tried, and that an operator has paused since: they wait for the resume, whatever they were parked for.
+-- The log knows the aggregate type also of an event without an aggregate id; relay.outbox_parked does not.
 -- $1 shard
 UPDATE relay.outbox_parked p
 SET state = 'paused', next_attempt_at = NULL, reason = CASE p.reason WHEN 'behind' THEN 'paused' ELSE p.reason END
 FROM relay.outbox o
 WHERE p.shard = $1 AND p.state = 'retrying' AND o.shard = $1 AND o.id = p.id
-  AND relay.outbox_is_paused(p.aggregate_type, p.aggregate_id, o.event_type)
+  AND relay.outbox_is_paused(o.aggregate_type, o.aggregate_id, o.event_type)
 
 -- name: release_paused
 -- Rows that no pause holds any more are due at once.
@@ -246,7 +247,7 @@ WHERE p.shard = $1 AND p.state = 'retrying' AND o.shard = $1 AND o.id = p.id
 UPDATE relay.outbox_parked p SET state = 'retrying', next_attempt_at = now()
 FROM relay.outbox o
 WHERE p.shard = $1 AND p.state = 'paused' AND o.shard = $1 AND o.id = p.id
-  AND NOT relay.outbox_is_paused(p.aggregate_type, p.aggregate_id, o.event_type)
+  AND NOT relay.outbox_is_paused(o.aggregate_type, o.aggregate_id, o.event_type)
 
 -- name: lock_log
 -- Keeps every writer out of the log until the end of the transaction: for re-basing after a restore.
