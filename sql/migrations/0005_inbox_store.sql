@@ -43,11 +43,13 @@ CREATE TABLE relay.inbox (
   CONSTRAINT inbox_attempts_count_up CHECK (attempts >= 0)
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000);  -- a queue: what was taken is in the way of what is next
 CREATE INDEX inbox_by_aggregate ON relay.inbox (aggregate_id, aggregate_type, source, consumer, seq) WHERE aggregate_id IS NOT NULL;
-CREATE INDEX inbox_leading ON relay.inbox (consumer, id) WHERE leads;
+CREATE INDEX inbox_leading ON relay.inbox (consumer, id) WHERE leads AND next_take_at IS NULL;
+CREATE INDEX inbox_put_off ON relay.inbox (consumer, next_take_at, id) WHERE leads AND next_take_at IS NOT NULL;  -- only what is due is read
 CREATE INDEX inbox_failed ON relay.inbox (id) WHERE attempts > 0;  -- few: what `relay stuck` looks for
 
--- Whoever deletes the first of an aggregate: its successor leads from now on. Two that delete rows of one aggregate at the same
--- time must exclude each other by a lock on its first row, as takers do.
+-- Whoever deletes of an aggregate: the first of what is left leads from now on. Two that delete rows of one aggregate at the same
+-- time should exclude each other by a lock on its first row, as takers do. Should they not: a row that another has locked may be about
+-- to go, so it is the first that nobody has locked, and it stays locked until the commit. So whoever comes after it sees what is left.
 CREATE FUNCTION relay.inbox_let_successors_lead() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
@@ -59,6 +61,7 @@ BEGIN
       SELECT i.id FROM relay.inbox i
       WHERE i.aggregate_id = a.aggregate_id AND i.aggregate_type = a.aggregate_type AND i.source = a.source AND i.consumer = a.consumer
       ORDER BY i.seq LIMIT 1
+      FOR NO KEY UPDATE SKIP LOCKED
     ) AS first
   ));
   RETURN NULL;
@@ -84,6 +87,7 @@ $$;
 -- The lock that keeps two takers from one aggregate is that on its first row. It is found without a lock and then tried: asked to
 -- skip what is locked, PostgreSQL would return the second row as the first. What follows it is read by another statement, whose
 -- snapshot is younger than the lock: so it shows whatever was committed by the lock's last owner. That is why READ COMMITTED is needed.
+-- What was put off and is due comes first, by an index of its own: what is not due yet, or waits for an operator, is not even looked at.
 -- The planner settings keep every step on its index, also before the first ANALYZE and whatever the caller's session has set.
 CREATE FUNCTION relay.inbox_take(n integer DEFAULT 100, consumer text DEFAULT NULL) RETURNS SETOF relay.event
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
@@ -94,6 +98,9 @@ DECLARE
   want      integer := n;
   room      bigint := 67108864;  -- bytes
   slice     integer := greatest(n / 4, 1);  -- rows that are looked at: not all at first, for each may have successors to take
+  is_due    boolean := true;  -- what was put off and is due; then what was not put off
+  now_      timestamptz := clock_timestamp();
+  after_due timestamptz := '-infinity';
   after     bigint := 0;
   looked    integer;
   firsts    bigint[];
@@ -110,14 +117,18 @@ BEGIN
   END IF;
   IF $2 IS NULL THEN
     WITH RECURSIVE known AS (
-      (SELECT i.consumer FROM relay.inbox i WHERE i.leads ORDER BY i.consumer LIMIT 1)
+      SELECT least(
+        (SELECT i.consumer FROM relay.inbox i WHERE i.leads AND i.next_take_at IS NULL ORDER BY i.consumer LIMIT 1),
+        (SELECT i.consumer FROM relay.inbox i WHERE i.leads AND i.next_take_at IS NOT NULL ORDER BY i.consumer LIMIT 1)) AS consumer
       UNION ALL
-      SELECT later.consumer
-      FROM known CROSS JOIN LATERAL (
-        SELECT i.consumer FROM relay.inbox i WHERE i.leads AND i.consumer > known.consumer ORDER BY i.consumer LIMIT 1
-      ) AS later
+      SELECT least(
+        (SELECT i.consumer FROM relay.inbox i WHERE i.leads AND i.next_take_at IS NULL AND i.consumer > known.consumer
+         ORDER BY i.consumer LIMIT 1),
+        (SELECT i.consumer FROM relay.inbox i WHERE i.leads AND i.next_take_at IS NOT NULL AND i.consumer > known.consumer
+         ORDER BY i.consumer LIMIT 1))
+      FROM known WHERE known.consumer IS NOT NULL
     )
-    SELECT coalesce(array_agg(known.consumer), '{}') FROM known INTO consumers;
+    SELECT coalesce(array_agg(known.consumer), '{}') FROM known WHERE known.consumer IS NOT NULL INTO consumers;
   END IF;
 
   WHILE want > 0 AND room > 0 LOOP
@@ -126,13 +137,17 @@ BEGIN
       SELECT l.*
       FROM unnest(consumers) AS c (name)
       CROSS JOIN LATERAL (
-        SELECT i.id, i.consumer, i.source, i.aggregate_type, i.aggregate_id FROM relay.inbox i
-        WHERE i.leads AND i.consumer = c.name AND i.id > after
-        ORDER BY i.id LIMIT slice
+        (SELECT i.id, i.next_take_at AS due_at, i.consumer, i.source, i.aggregate_type, i.aggregate_id FROM relay.inbox i
+         WHERE is_due AND i.leads AND i.consumer = c.name AND i.next_take_at <= now_ AND (i.next_take_at, i.id) > (after_due, after)
+         ORDER BY i.next_take_at, i.id LIMIT slice)
+        UNION ALL
+        (SELECT i.id, NULL, i.consumer, i.source, i.aggregate_type, i.aggregate_id FROM relay.inbox i
+         WHERE NOT is_due AND i.leads AND i.next_take_at IS NULL AND i.consumer = c.name AND i.id > after
+         ORDER BY i.id LIMIT slice)
       ) AS l
-      ORDER BY l.id LIMIT slice
+      ORDER BY l.due_at, l.id LIMIT slice
     )
-    SELECT (SELECT count(*) FROM leaders), (SELECT max(l.id) FROM leaders l), ARRAY(
+    SELECT (SELECT count(*) FROM leaders), last.id, last.due_at, ARRAY(
       SELECT i.id FROM relay.inbox i
       WHERE i.id = ANY (ARRAY(
           SELECT coalesce(first.id, l.id)
@@ -151,8 +166,14 @@ BEGIN
       ORDER BY i.id LIMIT want
       FOR UPDATE SKIP LOCKED
     )
-    INTO looked, after, firsts;
-    EXIT WHEN looked = 0;
+    FROM (SELECT 1) AS always LEFT JOIN (SELECT l.id, l.due_at FROM leaders l ORDER BY l.due_at DESC, l.id DESC LIMIT 1) AS last ON true
+    INTO looked, after, after_due, firsts;
+    IF looked = 0 THEN
+      EXIT WHEN NOT is_due;
+      is_due := false;
+      after := 0;
+      CONTINUE;
+    END IF;
 
     -- ... then, with a snapshot that is younger than the locks, see how far each can be taken.
     SELECT array_agg(r.id), sum(r.size)
@@ -198,9 +219,20 @@ $$;
 
 -- A taker that could not handle a message rolls back, and says so in a new transaction: the message, and what follows it in its
 -- aggregate, is not taken again before `retry_in` has passed (null: not before an operator releases it). False: it is not there any more.
+-- What precedes it can be taken: that leads now, in case it was this message that led before it.
 CREATE FUNCTION relay.inbox_fail(id bigint, error text, retry_in interval DEFAULT '10 s') RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
+  UPDATE relay.inbox i SET leads = true
+  WHERE NOT i.leads AND i.id = (
+    SELECT f.id
+    FROM relay.inbox own JOIN LATERAL (
+      SELECT o.id FROM relay.inbox o
+      WHERE o.aggregate_id = own.aggregate_id AND o.aggregate_type = own.aggregate_type AND o.source = own.source
+        AND o.consumer = own.consumer
+      ORDER BY o.seq LIMIT 1
+    ) AS f ON true
+    WHERE own.id = $1);
   UPDATE relay.inbox i
   SET attempts = i.attempts + 1, error = left($2, 2000), next_take_at = coalesce(clock_timestamp() + $3, 'infinity')
   WHERE i.id = $1;
