@@ -29,6 +29,9 @@ _SESSION = {
     # A handler may wait for something else, and a batch is one transaction: relay has its own deadlines for both.
     "idle_in_transaction_session_timeout": "0",
     "timezone": "UTC",
+    # After a lock, a statement must see what the lock's last owner committed, whatever ALTER DATABASE or ALTER ROLE made the
+    # default: an older snapshot does not show the row that retention must not take, nor the cursor that was moved.
+    "default_transaction_isolation": "read committed",
 }
 _SESSION_17 = {"transaction_timeout": "0"}  # new in PostgreSQL 17
 
@@ -47,7 +50,7 @@ READER_PLANS = PLANS | {
 async def connect(
     settings: PostgresSettings, *, application: str, plans: Mapping[str, str] = READER_PLANS
 ) -> Connection:
-    """A direct session, UTF-8, with short server-side keepalives and these planner settings.
+    """A direct session, UTF-8, READ COMMITTED, with short server-side keepalives and these planner settings.
 
     Raises PoolerError through a connection pooler, PostgresUnavailable when there is no answer, SchemaError for a
     database that is not UTF-8.

@@ -7,7 +7,7 @@ CREATE TABLE relay.audit (
   who        text        NOT NULL,                       -- the person: user@host of the terminal, or what --who said
   login      text        NOT NULL DEFAULT session_user,  -- the database role that did it
   side       text        NOT NULL CONSTRAINT audit_side_is_known CHECK (side IN ('outbox', 'inbox')),
-  act        text        NOT NULL,                       -- retry, skip, purge, pause, resume, replay, reset, seed, dismiss
+  act        text        NOT NULL,                       -- retry, skip, purge, pause, resume, replay, abandon, reset, seed, dismiss
   selection  jsonb       NOT NULL,                       -- what was asked for: the filters as given
   why        text        NOT NULL DEFAULT '',
   rows       bigint      NOT NULL CONSTRAINT audit_rows_count_up CHECK (rows >= 0)
@@ -22,7 +22,8 @@ CREATE TABLE relay.audit_aggregate (
   PRIMARY KEY (aggregate_id, aggregate_type, audit_id)
 );
 
--- Look-ups by aggregate: show, replay, gap repair. What it costs producers is measured, see the README.
+-- Look-ups by aggregate: show, replay, gap repair. What it costs producers is measured, see the README. Producers wait
+-- while it is built: a migration is one transaction, so CREATE INDEX CONCURRENTLY is not to be had.
 CREATE INDEX outbox_by_aggregate ON relay.outbox (aggregate_id, aggregate_type, seq);
 
 -- Figures that the owner writes with its checkpoints, for `relay status`.
@@ -146,6 +147,10 @@ DECLARE
   leaf constant text := format('relay.outbox_%s', slot);
   reason text;
 BEGIN
+  IF current_setting('transaction_isolation') <> 'read committed' THEN  -- else no statement sees what the lock waited for
+    RAISE EXCEPTION 'relay.outbox_empty_slot: this transaction is %, it must be READ COMMITTED', upper(current_setting('transaction_isolation'))
+      USING ERRCODE = 'invalid_transaction_state', HINT = 'Start it with BEGIN ISOLATION LEVEL READ COMMITTED.';
+  END IF;
   BEGIN
     EXECUTE format('LOCK TABLE ONLY %s IN ACCESS EXCLUSIVE MODE', leaf);
   EXCEPTION WHEN lock_not_available THEN
