@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from relay.message import Aggregate
+from relay.message import Aggregate, Row
 from relay.outbox.parking import Parked
 from relay.outbox.pause import Pauses
 from relay.outbox.store import Store
@@ -22,15 +22,20 @@ class Blocked:
     """Knows it for the owner of a shard: as the tables said at the last look, and as what was parked and released since."""
 
     def __init__(self, *, store: Store, shard: int) -> None:
-        self.aggregates: set[Aggregate] = set()  # their rows may not be published past the parked ones
         self.rows = 0  # parked
-        self.held_by_pause = 0  # rows of those that wait for nothing but an operator's resume
+        self.refused_rows = 0  # of those, what outbox.parked_limit is about: refused, or behind a row that was
         self.pauses = Pauses()
         self._store = store
         self._shard = shard
-        self._paused: set[Aggregate] = set()  # of the aggregates, those whose head is paused
+        self._lines: dict[Aggregate, int] = {}  # parked rows of each blocked aggregate
+        self._refused: set[Aggregate] = set()  # of those, the ones that a refused row blocks
         self._clock = asyncio.get_running_loop().time
         self._look_at = self._clock()
+
+    @property
+    def aggregates(self) -> AbstractSet[Aggregate]:
+        """Those with parked rows: nothing of theirs may be published past them."""
+        return self._lines.keys()
 
     @property
     def look_at(self) -> float:
@@ -47,11 +52,6 @@ class Blocked:
         """True when there is something that an operator could free without a new event: worth a look while nothing happens."""
         return self.rows > 0 or self.shard_is_paused
 
-    @property
-    def refused_rows(self) -> int:
-        """Parked rows that no pause holds: what outbox.parked_limit is about."""
-        return self.rows - self.held_by_pause
-
     async def look(self) -> None:
         """Learn from the tables. Afterwards every blocked aggregate has a row that is tried, is paused, or is stuck."""
         started = self._clock()
@@ -59,10 +59,10 @@ class Blocked:
         found = await self._store.blocked()
         if found and await self._store.reconcile(self.pauses):
             found = await self._store.blocked()
-        self.aggregates = {aggregate for aggregate in found if aggregate is not None}
         self.rows = sum(parked for parked, _ in found.values())
-        self.held_by_pause = sum(held for _, held in found.values())
-        self._paused = {aggregate for aggregate, (_, held) in found.items() if held and aggregate is not None}
+        self.refused_rows = sum(refused for _, refused in found.values())
+        self._lines = {aggregate: parked for aggregate, (parked, _) in found.items() if aggregate is not None}
+        self._refused = {aggregate for aggregate, (_, refused) in found.items() if refused and aggregate is not None}
         took_s = self._clock() - started
         self._look_at = self._clock() + max(_RELOAD_S, took_s * _RELOAD_SHARE)
 
@@ -70,17 +70,46 @@ class Blocked:
         """Rows have been parked."""
         for p in parked:
             aggregate = p.row.aggregate
+            refused = p.is_head and not p.is_paused
             self.rows += 1
             if aggregate is not None:
-                self.aggregates.add(aggregate)
-                if p.is_paused:
-                    self._paused.add(aggregate)
-            if p.is_paused or aggregate in self._paused:
-                self.held_by_pause += 1
+                self._lines[aggregate] = self._lines.get(aggregate, 0) + 1
+                if refused:
+                    self._refused.add(aggregate)
+                refused = aggregate in self._refused
+            self.refused_rows += refused
 
-    def release(self, rows: int, aggregates: AbstractSet[Aggregate], still: Mapping[Aggregate, bool]) -> None:
-        """So many parked rows of these aggregates went out; `still`: those that are blocked even so, and whether by a pause."""
-        self.rows -= rows
-        self.aggregates -= aggregates - still.keys()
-        if any(paused and aggregate not in self._paused for aggregate, paused in still.items()):
-            self._look_at = self._clock()  # how many rows wait behind it, the table says
+    def release(
+        self,
+        published: Sequence[Row],
+        refused: Sequence[Parked],
+        gone: Mapping[int, bool],
+        still: Mapping[Aggregate, bool],
+        *,
+        first_refusals: int,
+    ) -> None:
+        """Parked rows were published or refused. `gone`, `still`: what Store.unpark says of the rows, and of their aggregates.
+
+        `first_refusals`: rows without an aggregate that had only been paused until now.
+        """
+        self.refused_rows += first_refusals
+        for row in published:
+            if row.id in gone:
+                if row.aggregate is None:
+                    self.rows -= 1
+                    self.refused_rows -= gone[row.id]
+                elif row.aggregate in self._lines:
+                    self.rows -= 1
+                    self._lines[row.aggregate] -= 1
+                    self.refused_rows -= row.aggregate in self._refused
+        for aggregate in {row.aggregate for row in (*published, *(parked.row for parked in refused))}:
+            if aggregate is not None:
+                self._note_head(aggregate, still.get(aggregate))
+
+    def _note_head(self, aggregate: Aggregate, refused: bool | None) -> None:
+        """What blocks an aggregate now: a row that was refused, another one, or nothing (None)."""
+        rows = self._lines.get(aggregate, 0)
+        self.refused_rows += rows * (bool(refused) - (aggregate in self._refused))
+        (self._refused.add if refused else self._refused.discard)(aggregate)
+        if refused is None and self._lines.pop(aggregate, 0):
+            self.rows -= rows  # counted twice: parked by a session that did not hear of it

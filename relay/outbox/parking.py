@@ -92,7 +92,8 @@ def is_done(row: Row, outcome: Outcome | None) -> bool:
     if isinstance(outcome, Confirmed):
         return True
     return row.is_tombstone and (
-        isinstance(outcome, Returned) or (isinstance(outcome, Refused) and outcome.reason in ("unencodable", "too_large"))
+        isinstance(outcome, Returned)
+        or (isinstance(outcome, Refused) and outcome.reason in ("unencodable", "too_large"))
     )
 
 

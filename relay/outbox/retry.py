@@ -115,6 +115,7 @@ class Retry:
         if self._due_at is None or started < self._due_at or (traffic and started < self._not_before):
             return
         found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES)
+        await self._hold_paused(found)
         due = [d for d in self._not_paused(found) if not self._is_probed(d.row)]
         if not due and self._probing is None:
             self._progress.careful_retry = False  # all that was suspect has been tried alone
@@ -133,6 +134,12 @@ class Retry:
     async def _plan(self) -> None:
         wait_s = await self._store.next_attempt_s() if self._blocked.rows else None
         self._due_at = None if wait_s is None else self._clock() + max(0.0, wait_s)
+
+    async def _hold_paused(self, due: Sequence[Due]) -> None:
+        """See that what a pause holds is not found due again and again, in the place of others."""
+        held = [d.row for d in due if self._blocked.pauses.hold(d.row)]
+        if held:
+            await self._store.hold(held)
 
     def _not_paused(self, due: Sequence[Due]) -> list[Due]:
         """Without what a pause holds, and what is behind that: the rows behind a head that is due may be of another type."""
@@ -184,10 +191,10 @@ class Retry:
             await self._write(published, refused)
 
     async def _write(self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]) -> None:
-        touched = {row.aggregate for row in (*published, *(p.row for p, _ in refused))}
         gone, still = await self._store.unpark(published, refused)
-        self._blocked.release(gone, {aggregate for aggregate in touched if aggregate is not None}, still)
-        self._progress.unparked += gone
+        first = sum(p.row.aggregate is None and attempts == 1 for p, attempts in refused)
+        self._blocked.release(published, [p for p, _ in refused], gone, still, first_refusals=first)
+        self._progress.unparked += len(gone)
         self._progress.confirmed += len(published)
         self._progress.recent.note(published)
         self._progress.changed.set()

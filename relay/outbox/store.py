@@ -64,14 +64,17 @@ class Store:
             return Pauses.of(await self._connection.fetch(query("list_pauses")))
 
     async def blocked(self) -> dict[Aggregate | None, tuple[int, int]]:
-        """(parked rows, those of them that a pause holds) by aggregate; of events without an aggregate under None."""
+        """(parked rows, those of them that were refused or are behind one that was) by aggregate.
+
+        Of events without an aggregate under None.
+        """
         with postgres_errors():
             records = await self._connection.fetch(query("blocked_aggregates"), self._shard)
         found: dict[Aggregate | None, tuple[int, int]] = {}
         for r in records:
             key = None if r["aggregate_id"] is None else (r["aggregate_type"], r["aggregate_id"])
-            parked, held = found.get(key, (0, 0))
-            found[key] = (parked + r["parked"], held + r["held_by_pause"])
+            parked, refused = found.get(key, (0, 0))
+            found[key] = (parked + r["parked"], refused + r["refused"])
         return found
 
     async def reconcile(self, pauses: Pauses) -> bool:
@@ -85,6 +88,13 @@ class Store:
                 self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0, 0))
                 done = [await self._connection.execute(query(block), self._shard) for block in blocks]
         return any(tag != "UPDATE 0" for tag in done)
+
+    async def hold(self, rows: Sequence[Row]) -> None:
+        """A pause holds these rows, which were found due: from here on they are not."""
+        with postgres_errors():
+            async with self._connection.transaction():
+                self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0, 0))
+                await self._connection.execute(query("hold_due"), [row.id for row in rows])
 
     async def due(self, aggregates: int) -> list[Due]:
         """A portion of the parked rows that may be tried now, by id: so many heads, each with some of the rows behind it."""
@@ -110,11 +120,12 @@ class Store:
 
     async def unpark(
         self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]
-    ) -> tuple[int, dict[Aggregate, bool]]:
+    ) -> tuple[dict[int, bool], dict[Aggregate, bool]]:
         """Remove the rows that went out, delay those that were refused again (with their refusals so far).
 
-        Returns how many were removed, and which of these aggregates are still blocked, and whether by a pause. A row that
-        an operator took out of the sequence while it was being published stays: its tombstone goes out next.
+        Returns the ids of those that were removed, and whether each had been refused before; and which of these aggregates are
+        still blocked, and whether by a row that was refused. A row that an operator took out of the sequence while it was
+        being published stays: its tombstone goes out next.
         In one transaction, fenced like a checkpoint.
         """
         aggregates = {a for a in (row.aggregate for row in (*published, *(p.row for p, _ in refused))) if a is not None}
@@ -130,7 +141,10 @@ class Store:
                 still = await self._connection.fetch(
                     query("promote_parked"), self._shard, [a[0] for a in aggregates], [a[1] for a in aggregates]
                 )
-        return len(gone), {(r["aggregate_type"], r["aggregate_id"]): r["paused"] for r in still}
+        return (
+            {r["id"]: r["refused"] for r in gone},
+            {(r["aggregate_type"], r["aggregate_id"]): r["refused"] for r in still},
+        )
 
     async def note_failure(self, error: str, seconds_ago: float) -> None:
         """What ended the last session, for `relay status`. Nothing is written if we are not the owner any more."""

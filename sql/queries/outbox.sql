@@ -116,12 +116,14 @@ SELECT scope, aggregate_type, aggregate_id, event_type, shard FROM relay.outbox_
 
 -- name: blocked_aggregates
 -- The aggregates of a shard that have parked rows, and how many; an event without an aggregate counts under nulls.
--- held_by_pause: how many of them wait for nothing but an operator's resume, being paused or behind a row that is.
+-- refused: how many of them were refused or wait behind a row that was. The others are paused, or on their way out: since a
+-- resume, since what held them up went out, or as the tombstone of what was published before.
 -- $1 shard
 SELECT aggregate_type, aggregate_id, parked,
-       CASE WHEN aggregate_id IS NULL THEN paused WHEN paused > 0 THEN parked ELSE 0 END AS held_by_pause
+       CASE WHEN aggregate_id IS NULL THEN refused WHEN paused = 0 AND refused > 0 THEN parked ELSE 0 END AS refused
 FROM (
-  SELECT aggregate_type, aggregate_id, count(*) AS parked, count(*) FILTER (WHERE state = 'paused') AS paused
+  SELECT aggregate_type, aggregate_id, count(*) AS parked, count(*) FILTER (WHERE state = 'paused') AS paused,
+         count(*) FILTER (WHERE state <> 'paused' AND reason NOT IN ('paused', 'behind', 'tombstone')) AS refused
   FROM relay.outbox_parked WHERE shard = $1 GROUP BY 1, 2
 ) a
 
@@ -175,11 +177,12 @@ SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 FROM relay.outbo
 
 -- name: unpark
 -- Removes rows that were published after all. One that went out as it was, and was taken out of the sequence meanwhile, stays:
--- its tombstone is still to go out. Call `fence` first: operators' acts hold the cursor's lock. Returns what was removed.
+-- its tombstone is still to go out. Call `fence` first: operators' acts hold the cursor's lock. Returns what was removed, and
+-- whether it counted as refused (see `blocked_aggregates`).
 -- $1 ids (bigint[]), $2 those of them that went out as a tombstone (bigint[])
 DELETE FROM relay.outbox_parked p
 WHERE p.id = ANY ($1::bigint[]) AND (p.id = ANY ($2::bigint[]) OR NOT EXISTS (SELECT FROM relay.outbox_tombstone t WHERE t.id = p.id))
-RETURNING p.id
+RETURNING p.id, p.reason NOT IN ('paused', 'behind', 'tombstone') AS refused
 
 -- name: fence
 -- Whether we are still the owner; locks the cursor, so that the answer holds until the end of the transaction. No row: we are not.
@@ -200,13 +203,13 @@ WHERE p.id = d.id AND (d.is_tombstone OR NOT EXISTS (SELECT FROM relay.outbox_to
 
 -- name: promote_parked
 -- After the head of an aggregate went out: the first row that is still parked becomes the head, due at once unless it is paused.
--- Returns the aggregates that are still blocked, and whether by a pause.
+-- Returns the aggregates that are still blocked, and whether by a row that was refused (see `blocked_aggregates`).
 -- $1 shard; arrays: $2 aggregate type, $3 aggregate id
 WITH head AS (
   SELECT p.*, p.state = 'waiting' AS is_new, relay.outbox_is_paused(p.aggregate_type, p.aggregate_id, p.event_type) AS paused
   FROM unnest($2::text[], $3::text[]) AS a (aggregate_type, aggregate_id)
   CROSS JOIN LATERAL (
-    SELECT p.id, p.aggregate_type, p.aggregate_id, p.state,
+    SELECT p.id, p.aggregate_type, p.aggregate_id, p.state, p.reason,
            (SELECT o.event_type FROM relay.outbox o WHERE o.shard = $1 AND o.id = p.id) AS event_type
     FROM relay.outbox_parked p WHERE p.aggregate_id = a.aggregate_id AND p.aggregate_type = a.aggregate_type
     ORDER BY p.seq LIMIT 1
@@ -217,7 +220,7 @@ WITH head AS (
       reason = CASE WHEN head.paused THEN 'paused' ELSE p.reason END
   FROM head WHERE p.id = head.id AND head.is_new
 )
-SELECT aggregate_type, aggregate_id, state = 'paused' OR (is_new AND paused) AS paused FROM head
+SELECT aggregate_type, aggregate_id, state <> 'paused' AND reason NOT IN ('paused', 'behind', 'tombstone') AS refused FROM head
 
 -- name: promote_headless
 -- The first parked row of an aggregate that waits, though nothing is parked before it: an operator took the head away.
@@ -240,6 +243,14 @@ SET state = 'paused', next_attempt_at = NULL, reason = CASE p.reason WHEN 'behin
 FROM relay.outbox o
 WHERE p.shard = $1 AND p.state = 'retrying' AND o.shard = $1 AND o.id = p.id
   AND relay.outbox_is_paused(o.aggregate_type, o.aggregate_id, o.event_type)
+
+-- name: hold_due
+-- Rows that were found due, and that a pause holds: so they do not stand in the way of what is due behind them.
+-- Call `fence` first.
+-- $1 ids (bigint[])
+UPDATE relay.outbox_parked
+SET state = 'paused', next_attempt_at = NULL, reason = CASE reason WHEN 'behind' THEN 'paused' ELSE reason END
+WHERE id = ANY ($1::bigint[]) AND state = 'retrying'
 
 -- name: release_paused
 -- Rows that no pause holds any more are due at once.

@@ -13,7 +13,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from relay.daemon import Outbox
+from relay.operate.outbox_acts import Purge, Retry
+from relay.operate.selection import Selection
 from relay.outbox.pause import Pauses
+from relay.outbox.wakeup import WAKE_LOCK, Wakeup
+from relay.postgres.queries import query
+from tests.harness.acts import act_on
 from tests.harness.audit import audit
 from tests.harness.outbox import (
     RelayProcess,
@@ -220,8 +225,74 @@ async def test_more_refused_rows_than_the_limit_pause_the_shard_until_an_operato
     assert [t["event"] for t in told if t["event"] in ("paused", "resumed")] == ["paused", "resumed"]
 
 
+async def test_a_resume_of_more_rows_than_the_limit_holds_nobody_up(database: str, broker: str) -> None:
+    settings = settings_for(database, broker, outbox__parked_limit=5, outbox__poll_interval_s=LONG_S)
+    async with audit(broker) as witness, connected(database) as db:
+        await pause(db, aggregate_type="order")
+        with capture_logs() as told:
+            async with outbox_running(settings) as outbox:
+                for name in range(50):
+                    await insert(db, f"order/{name}", count=2)
+                await db.execute(
+                    "INSERT INTO relay.outbox (aggregate_type, event_type, payload) SELECT 'order', 'Ping', '{}' FROM generate_series(1, 10)"
+                )
+                progress = await shard_of(outbox)
+                await wait_until(progress, lambda p: p.parked == 110)
+                await resume(db)
+                await insert(db, "invoice/1")
+                await wait_until(progress, lambda p: p.unparked == 110)
+                await witness.wait_for(111)
+    assert not [t["event"] for t in told if t["event"] in ("paused", "resumed")]
+
+
 async def _told(told: list[Any], event: str) -> bool:
     return any(t["event"] == event for t in told)
+
+
+class TestEventsWithoutAnAggregateIdOfAPausedType:
+    """Their aggregate type is in the log only, and the next look does not forget it."""
+
+    async def test_stay_paused_and_leave_the_retries_to_others(self, database: str, broker: str) -> None:
+        settings = settings_for(
+            database, broker, outbox__poll_interval_s=LONG_S, outbox__retry_first_s=0.1, outbox__max_attempts=1
+        )
+        async with audit(broker, "order.#", "note.#") as witness, connected(database) as db:
+            await pause(db, aggregate_type="note")
+            async with outbox_running(settings) as outbox:
+                progress = await shard_of(outbox)
+                await notes(db, 25)  # more than a portion of retries
+                await insert(db, "ghost/1")
+                await wait_until(progress, lambda p: p.parked == 26)
+                await witness.queue.bind(witness.exchange, "ghost.#")
+                await act_on(settings, Retry(Selection(aggregate="ghost/1")))
+                await witness.wait_for(1)
+                await wait_until(progress, lambda p: p.unparked == 1)
+                assert {p[2:] for p in await parked(db)} == {("paused", "paused")}
+                await resume(db)
+                await witness.wait_for(26)
+
+    async def test_are_not_purged_with_what_was_refused(self, database: str, broker: str) -> None:
+        settings = settings_for(database, broker, outbox__poll_interval_s=LONG_S, outbox__max_attempts=1)
+        async with audit(broker, "note.#") as witness, connected(database) as db:
+            await pause(db, aggregate_type="note")
+            async with outbox_running(settings) as outbox:
+                progress = await shard_of(outbox)
+                await notes(db, 3)
+                await insert(db, "ghost/1")
+                await wait_until(progress, lambda p: p.parked == 4)
+                looks = progress.looks
+                await db.execute("SELECT pg_notify('relay_outbox', 'operate')")
+                await wait_until(progress, lambda p: p.looks > looks)
+                assert (await act_on(settings, Purge(Selection(everything=True)))).rows == 1
+                await resume(db)
+                await witness.wait_for(3)
+
+
+async def notes(db: Db, count: int) -> None:
+    await db.execute(
+        "INSERT INTO relay.outbox (aggregate_type, event_type, payload) SELECT 'note', 'Taken', '{}' FROM generate_series(1, $1::int)",
+        count,
+    )
 
 
 class TestAPausedShard:
@@ -266,6 +337,24 @@ class TestAPausedShard:
             await resume(db)
             await witness.wait_for(1)
 
+    async def test_that_was_about_to_sleep_does_not_make_producers_notify(
+        self, database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fall_asleep = Wakeup.try_fall_asleep
+        async with connected(database) as db:
+
+            async def and_then_paused(wakeup: Wakeup) -> bool:
+                asleep = await fall_asleep(wakeup)
+                if asleep and not await db.fetchval("SELECT EXISTS (SELECT FROM relay.outbox_pause)"):
+                    await pause(db, shard=0)
+                    await wakeup.urgent.wait()
+                return asleep
+
+            monkeypatch.setattr(Wakeup, "try_fall_asleep", and_then_paused)
+            async with outbox_running(settings_for(database, broker, outbox__poll_interval_s=LONG_S)) as outbox:
+                await until(lambda: _is_paused(outbox))
+                await until(lambda: _is_awake(db), timeout_s=5)
+
     async def test_stops_within_the_grace_period(self, database: str, broker: str) -> None:
         async with connected(database) as db:
             await pause(db, shard=0)
@@ -287,6 +376,48 @@ class TestAPausedShard:
 
 async def _is_paused(outbox: Outbox) -> bool:
     return outbox.paused
+
+
+async def _is_awake(db: Db) -> bool:
+    return not await db.fetchval(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = $1 AND mode = 'ExclusiveLock'"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        WAKE_LOCK,
+    )
+
+
+async def test_a_drain_publishes_all_that_a_resume_made_due(database: str, broker: str) -> None:
+    settings = settings_for(database, broker)
+    async with audit(broker) as witness, connected(database) as db:
+        await pause(db, aggregate_type="order")
+        for name in range(50):  # several portions
+            await insert(db, f"order/{name}")
+        paused = Outbox(settings)
+        await paused.run(drain=True)
+        assert paused.parked == 50
+        await resume(db)
+        resumed = Outbox(settings)
+        await resumed.run(drain=True)
+        assert resumed.parked == 0
+        await witness.wait_for(50)
+
+
+async def test_a_drain_tries_all_that_is_due_once_more_also_alone_and_ends(database: str, broker: str) -> None:
+    settings = settings_for(database, broker, outbox__max_attempts=1)
+    async with audit(broker, "order.#") as witness, connected(database) as db:
+        for name in range(30):
+            await insert(db, f"{'ghost' if name % 2 else 'nobody'}/{name}")
+        await Outbox(settings).run(drain=True)
+        await db.execute(
+            "UPDATE relay.outbox_parked SET reason = 'unconfirmed' WHERE aggregate_id = '1'"
+        )  # tried alone
+        await witness.queue.bind(witness.exchange, "ghost.#")
+        await act_on(settings, Retry(Selection(everything=True)))
+        outbox = Outbox(settings)
+        await outbox.run(drain=True)
+        assert outbox.parked == 15
+        assert {p[3] for p in await parked(db)} == {"stuck"}
+        await witness.wait_for(15)
 
 
 async def test_a_drain_ends_with_what_is_paused_and_says_so(database: str, broker: str) -> None:
@@ -318,6 +449,39 @@ async def test_without_a_notification_a_pause_and_a_resume_are_noticed_by_the_ne
         await db.execute("DELETE FROM relay.outbox_pause")
         await witness.wait_for(1)
         assert progress.published >= 0
+
+
+async def test_the_looks_blocks_hold_and_release_what_python_says_that_a_pause_holds(database: str) -> None:
+    async with connected(database) as db:
+        for kind, name, event in product(("order", "x", None), ("1", "2", None), ("Paid", "Sent")):
+            if kind is not None or name is None:
+                await db.execute(
+                    "INSERT INTO relay.outbox (aggregate_type, aggregate_id, event_type, payload) VALUES ($1, $2, $3, '{}')",
+                    *(kind, name, event),
+                )
+        await db.execute(  # as the daemon parks them: without the aggregate type where there is no id
+            "INSERT INTO relay.outbox_parked (id, shard, aggregate_type, aggregate_id, seq, reason, state, next_attempt_at)"
+            " SELECT id, 0, CASE WHEN aggregate_id IS NOT NULL THEN aggregate_type END, aggregate_id, seq, 'nacked', 'retrying', now()"
+            " FROM relay.outbox"
+        )
+        log = await db.fetch("SELECT id, aggregate_type, aggregate_id, event_type FROM relay.outbox")
+        (template,) = rows("a")
+        read = [dataclasses.replace(template, **dict(r)) for r in log]
+        assert len(read) == 14
+        for what in (*PAUSES.values(), {"shard": 0}):
+            await pause(db, **what)
+            pauses = Pauses.of(await db.fetch("SELECT * FROM relay.outbox_pause"))
+            await db.execute(query("hold_paused"), 0)
+            assert await paused_ids(db) == {row.id for row in read if pauses.hold(row)}, what
+            await db.execute(query("release_paused"), 0)
+            assert await paused_ids(db) == {row.id for row in read if pauses.hold(row)}, what
+            await resume(db)
+            await db.execute(query("release_paused"), 0)
+            assert await paused_ids(db) == set()
+
+
+async def paused_ids(db: Db) -> set[int]:
+    return {r["id"] for r in await db.fetch("SELECT id FROM relay.outbox_parked WHERE state = 'paused'")}
 
 
 async def test_sql_and_python_agree_on_what_a_pause_holds(database: str) -> None:

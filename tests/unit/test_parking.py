@@ -136,9 +136,18 @@ def test_rows_before_the_first_paused_one_are_sent() -> None:
 
 @pytest.mark.parametrize(
     ("outcome", "done", "done_as_tombstone"),
-    [(Confirmed(), True, True), (Returned("NO_ROUTE"), False, True), (Nacked(), False, False), (None, False, False)],
+    [
+        (Confirmed(), True, True),
+        (Returned("NO_ROUTE"), False, True),
+        (Refused("unencodable", "its routing key is too long"), False, True),
+        (Refused("too_large", "its headers are"), False, True),
+        (Refused("refused", "it closed the channel"), False, False),
+        (Refused("unconfirmed", "its queue hangs"), False, False),
+        (Nacked(), False, False),
+        (None, False, False),
+    ],
 )
-def test_a_tombstone_that_nobody_is_bound_for_is_done(
+def test_a_tombstone_that_nobody_is_bound_for_or_could_ever_have_got_is_done(
     outcome: Outcome | None, done: bool, done_as_tombstone: bool
 ) -> None:
     assert is_done(TEMPLATE, outcome) == done

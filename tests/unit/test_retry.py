@@ -47,8 +47,8 @@ class Table:
         self.portions.append(aggregates)
         return self.rows
 
-    async def unpark(self, _published: Sequence[Row], _refused: object) -> tuple[int, dict[Any, bool]]:
-        return 0, {}  # they never leave
+    async def unpark(self, published: Sequence[Row], _refused: object) -> tuple[dict[int, bool], dict[Any, bool]]:
+        return {}, {row.aggregate: True for row in published}  # they never leave
 
 
 class Hanging:
