@@ -115,13 +115,15 @@ class Retry:
         if self._due_at is None or started < self._due_at or (traffic and started < self._not_before):
             return
         found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES)
-        await self._hold_paused(found)
+        held = await self._hold_paused(found)
         due = [d for d in self._not_paused(found) if not self._is_probed(d.row)]
         if not due and self._probing is None:
             self._progress.careful_retry = False  # all that was suspect has been tried alone
         did = await self._try(_heads_first(due))
         await self._plan()
-        if not did and self._due_at is not None:  # what is due is being tried alone, or waits for its turn there
+        if (
+            not (did or held) and self._due_at is not None
+        ):  # what is due is being tried alone, or waits for its turn there
             self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
         self._not_before = self._clock() + _TRAFFICS_SHARE * (self._clock() - started)
 
@@ -135,11 +137,10 @@ class Retry:
         wait_s = await self._store.next_attempt_s() if self._blocked.rows else None
         self._due_at = None if wait_s is None else self._clock() + max(0.0, wait_s)
 
-    async def _hold_paused(self, due: Sequence[Due]) -> None:
-        """See that what a pause holds is not found due again and again, in the place of others."""
+    async def _hold_paused(self, due: Sequence[Due]) -> bool:
+        """See that what a pause holds is not found due again and again, in the place of others. True if something was."""
         held = [d.row for d in due if self._blocked.pauses.hold(d.row)]
-        if held:
-            await self._store.hold(held)
+        return bool(held) and await self._store.hold(held)
 
     def _not_paused(self, due: Sequence[Due]) -> list[Due]:
         """Without what a pause holds, and what is behind that: the rows behind a head that is due may be of another type."""

@@ -89,12 +89,13 @@ class Store:
                 done = [await self._connection.execute(query(block), self._shard) for block in blocks]
         return any(tag != "UPDATE 0" for tag in done)
 
-    async def hold(self, rows: Sequence[Row]) -> None:
-        """A pause holds these rows, which were found due: from here on they are not."""
+    async def hold(self, rows: Sequence[Row]) -> bool:
+        """A pause holds these rows, which were found due or behind one: from here on they are not due. True if one of them was."""
         with postgres_errors():
             async with self._connection.transaction():
                 self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0, 0))
-                await self._connection.execute(query("hold_due"), [row.id for row in rows])
+                done = await self._connection.execute(query("hold_due"), [row.id for row in rows])
+        return done != "UPDATE 0"
 
     async def due(self, aggregates: int) -> list[Due]:
         """A portion of the parked rows that may be tried now, by id: so many heads, each with some of the rows behind it."""

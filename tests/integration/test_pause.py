@@ -16,6 +16,7 @@ from relay.daemon import Outbox
 from relay.operate.outbox_acts import Purge, Retry
 from relay.operate.selection import Selection
 from relay.outbox.pause import Pauses
+from relay.outbox.store import Store
 from relay.outbox.wakeup import WAKE_LOCK, Wakeup
 from relay.postgres.queries import query
 from tests.harness.acts import act_on
@@ -247,6 +248,35 @@ async def test_a_resume_of_more_rows_than_the_limit_holds_nobody_up(database: st
 
 async def _told(told: list[Any], event: str) -> bool:
     return any(t["event"] == event for t in told)
+
+
+async def test_what_a_pause_holds_and_no_look_has_held_yet_leaves_the_retries_to_others(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long: dict[str, Any] = dict.fromkeys(
+        ("outbox__retry_first_s", "outbox__retry_max_s", "outbox__poll_interval_s"), LONG_S
+    )
+    async with audit(broker, "order.#") as witness, connected(database) as db:
+        async with outbox_running(settings_for(database, broker, **long)) as outbox:
+            progress = await shard_of(outbox)
+            for name in range(25):  # more than a portion of retries
+                await insert(db, f"ghost/{name}")
+            await insert(db, "nobody/1")
+            await wait_until(progress, lambda p: p.parked == 26)
+            await witness.queue.bind(witness.exchange, "nobody.#")
+            monkeypatch.setattr(Store, "reconcile", _not_yet)
+            async with db.transaction():
+                await db.execute(  # the paused ones are due first
+                    "UPDATE relay.outbox_parked SET next_attempt_at = now() - CASE aggregate_type WHEN 'ghost' THEN 2 ELSE 1 END * interval '1 min'"
+                )
+                await pause(db, aggregate_type="ghost")
+            await witness.wait_for(1)
+            await wait_until(progress, lambda p: p.unparked == 1)
+            assert {p[2:] for p in await parked(db)} <= {("unroutable", "paused"), ("unroutable", "retrying")}
+
+
+async def _not_yet(_store: Store, _pauses: Pauses) -> bool:
+    return False
 
 
 class TestEventsWithoutAnAggregateIdOfAPausedType:
