@@ -169,7 +169,8 @@ class OutboxSettings(_Section):
     retention_s: float = Field(
         4 * 86400,
         ge=0,
-        le=5 * 86400,  # the ring goes round in eight days, two of them a slot's own: the rest is the time to empty it in
+        le=5
+        * 86400,  # the ring goes round in eight days, two of them a slot's own: the rest is the time to empty it in
         description="Published rows are kept at least this long, for replay and gap repair; then their slot of two days is emptied as a whole.",
     )
     repair: bool = Field(
