@@ -265,7 +265,8 @@ WHERE p.shard = $1 AND p.state = 'paused' AND o.shard = $1 AND o.id = p.id
 LOCK TABLE relay.outbox IN SHARE ROW EXCLUSIVE MODE
 
 -- name: rebase
--- After a restore into another cluster: what was not published gets a transaction id of this one. What was, or is parked, an id no reader looks at.
+-- After a restore into another cluster: what was not published gets a transaction id of this one. What was, or is parked, or was taken
+-- out of the sequence (and is parked no more: it is done, though nothing may have been published), an id no reader looks at.
 -- Published is: visible in the cursor (its snapshot, or its window up to after_id), not above high_id, and older than the last
 -- checkpoint: a row that was inserted here before the first run has a small xid too, and a small id if the sequence was not restored.
 -- $1 shard
@@ -273,23 +274,28 @@ UPDATE relay.outbox o
 SET xid = CASE WHEN o.id <= c.high_id AND o.created_at <= c.updated_at AND (
                       pg_visible_in_snapshot(o.xid, c.snapshot)
                       OR (c.window_snapshot IS NOT NULL AND o.id <= c.after_id AND pg_visible_in_snapshot(o.xid, c.window_snapshot)))
-                 OR (o.created_at <= c.updated_at AND o.id IN (SELECT p.id FROM relay.outbox_parked p))
+                 OR (o.created_at <= c.updated_at
+                     AND o.id IN (SELECT p.id FROM relay.outbox_parked p UNION ALL SELECT t.id FROM relay.outbox_tombstone t))
                THEN '3'::xid8 ELSE pg_current_xact_id() END
 FROM relay.outbox_cursor c
 WHERE c.shard = $1 AND o.shard = $1
   AND NOT (o.xid < pg_snapshot_xmin(pg_current_snapshot()) AND o.created_at <= c.updated_at AND (
-             o.id <= c.high_id AND pg_visible_in_snapshot(o.xid, c.snapshot) OR o.id IN (SELECT p.id FROM relay.outbox_parked p)))
+             o.id <= c.high_id AND pg_visible_in_snapshot(o.xid, c.snapshot)
+             OR o.id IN (SELECT p.id FROM relay.outbox_parked p UNION ALL SELECT t.id FROM relay.outbox_tombstone t)))
 
 -- name: renumber
 -- Where the sequence did not come along, ids were given out again. Then what is unpublished (it has this transaction's id now) gets new
 -- ones above all others: by the time of its creation, but never before an earlier event of its aggregate. Otherwise nothing happens.
+-- The id of an old row that was taken out of the sequence is no new row's either: it would go out as a tombstone.
 -- $1 shard
 WITH cursor AS (
   SELECT high_id, updated_at FROM relay.outbox_cursor WHERE shard = $1
 ), top AS (
-  SELECT greatest(max(o.id), (SELECT max(high_id) FROM relay.outbox_cursor)) AS id FROM relay.outbox o
+  SELECT greatest(max(o.id), (SELECT max(high_id) FROM relay.outbox_cursor), (SELECT max(t.id) FROM relay.outbox_tombstone t)) AS id
+  FROM relay.outbox o
 ), needed AS (
-  SELECT EXISTS (SELECT FROM relay.outbox o, cursor c WHERE o.created_at > c.updated_at AND o.id <= c.high_id)
+  SELECT EXISTS (SELECT FROM relay.outbox o, cursor c WHERE o.created_at > c.updated_at
+                   AND (o.id <= c.high_id OR o.id IN (SELECT t.id FROM relay.outbox_tombstone t)))
       OR EXISTS (SELECT FROM relay.outbox o GROUP BY o.id HAVING count(*) > 1) AS so
 ), unpublished AS (
   SELECT o.tableoid, o.ctid, o.id, o.seq,
@@ -323,6 +329,7 @@ RETURNING snapshot::text AS snapshot
 -- name: advance_ids
 -- After a restore that did not bring the sequence along: new ids must follow the old ones.
 SELECT setval('relay.outbox_id_seq', greatest((SELECT max(id) FROM relay.outbox), (SELECT max(high_id) FROM relay.outbox_cursor),
+                                              (SELECT max(id) FROM relay.outbox_tombstone),
                                               (SELECT last_value FROM relay.outbox_id_seq)), true)
 
 -- name: try_owner_lock

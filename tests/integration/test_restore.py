@@ -19,9 +19,12 @@ from structlog.testing import capture_logs
 
 from relay.daemon import Outbox
 from relay.errors import SandboxError
+from relay.operate.outbox_acts import Skip
+from relay.operate.selection import Selection
 from relay.postgres.connect import Connection
 from relay.postgres.migrate import missing
 from relay.sandbox import SandboxPostgres
+from tests.harness.acts import act_on
 from tests.harness.audit import Audit, audit
 from tests.harness.outbox import connected, insert, settings_for
 
@@ -125,6 +128,50 @@ async def test_a_parked_event_without_an_aggregate_comes_out_once(
         await witness.wait_for(2)
         await _normal_life_goes_on(restored, broker, witness)
         assert [message.type for message in witness.messages].count("Nowhere") == 1
+
+
+async def test_a_skipped_event_without_an_aggregate_stays_skipped(
+    log: str, elsewhere: SandboxPostgres, broker: str, tmp_path: Path
+) -> None:
+    async with audit(broker, "order.#") as witness:
+        async with connected(log) as producer:
+            await _consume_ids(producer, 3000)
+            await insert(producer, "order/1")
+            await _skip_one_without_an_aggregate(producer, log, broker)  # its id is above high_id, and it is not parked
+        restored = await _move(log, elsewhere, tmp_path)
+        await witness.queue.bind(witness.exchange, "Nowhere")
+        await _drain(restored, broker)
+        await _normal_life_goes_on(restored, broker, witness)
+        assert [message.type for message in witness.messages].count("Nowhere") == 0
+
+
+@pytest.mark.parametrize("given_out", ["before a relay ran", "after a relay ran"])
+async def test_the_number_of_a_skipped_event_whose_slot_was_emptied_is_not_given_to_a_new_one(
+    log: str, broker: str, given_out: str
+) -> None:
+    async with audit(broker, "order.#") as witness, connected(log) as producer:
+        await insert(producer, "order/1")
+        await _skip_one_without_an_aggregate(producer, log, broker)
+        marked: int = await producer.fetchval("SELECT id FROM relay.outbox_tombstone")
+        await producer.execute("DELETE FROM relay.outbox WHERE id = $1", marked)
+        await producer.execute("UPDATE relay.outbox_cursor SET cluster_id = 1")  # as if restored elsewhere,
+        await producer.execute("SELECT setval('relay.outbox_id_seq', $1, false)", marked)  # and without the sequence
+        if given_out == "before a relay ran":
+            await insert(producer, "order/1", count=2)
+        await _drain(log, broker)
+        await insert(producer, "order/1", count=2)
+        ids = [r["id"] for r in await producer.fetch("SELECT id FROM relay.outbox ORDER BY seq")]
+        assert marked not in ids
+        assert ids == sorted(ids)
+        await _drain(log, broker)
+        await witness.wait_for(len(ids))
+
+
+async def _skip_one_without_an_aggregate(producer: Connection, dsn: str, broker: str) -> None:
+    await producer.execute("INSERT INTO relay.outbox (event_type, payload) VALUES ('Nowhere', '{}')")
+    assert (await _drain(dsn, broker)).parked == 1
+    await act_on(settings_for(dsn, broker), Skip(Selection(everything=True)))
+    assert await producer.fetchval("SELECT count(*) FROM relay.outbox_parked") == 0
 
 
 async def test_a_cluster_that_is_far_ahead_of_the_dump_is_noticed_as_well(
