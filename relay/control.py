@@ -7,8 +7,8 @@
 They are AMQP messages like events (`type`, `app_id`, `x-content-digest`), with a JSON body:
 
     relay.repair   {"consumer": "billing", "reply_to": "billing", "ranges": [["order", "42", 3, 7], ...]}
-    relay.gone     {"reason": "not_retained" | "unknown", "ranges": [["order", "42", 3, 7], ...]}
-    relay.marks    {"marks": [["order", "42", 17], ...]}
+    relay.gone     {"reason": "not_retained" | "unknown" | "beyond", "ranges": [["order", "42", 3, 7], ...]}
+    relay.marks    {"marks": [["order", "42", 17], ...], "retained": true}
 
 A range is [aggregate type, aggregate id, first number, last number]. Other members of the objects are ignored, so that
 later versions can add some. Reading one raises NotAnEvent for anything else, and nothing but that.
@@ -56,6 +56,8 @@ _NAMESPACE = uuid.UUID("8d0c5f9b-5b0e-5c52-9d4f-0f6c1b7a9e11")
 
 _T = TypeVar("_T")
 
+Reason = Literal["not_retained", "unknown", "beyond"]
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -95,10 +97,12 @@ class RepairRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone:
-    """Numbers that a source published and does not retain any more, or (`unknown`) of aggregates that it has never heard of."""
+    """Numbers that a source published and does not retain any more, that are of aggregates that it has never heard of (`unknown`),
+    or that it has not given out (`beyond`).
+    """
 
     source: str
-    reason: Literal["not_retained", "unknown"]
+    reason: Reason
     ranges: tuple[Range, ...]
 
 
@@ -108,6 +112,9 @@ class Marks:
 
     source: str
     marks: tuple[Mark, ...]
+    retained: bool = (
+        True  # False: nothing of these aggregates is retained; whoever has applied nothing of them need not miss it
+    )
 
 
 Control = Gone | Marks
@@ -128,7 +135,9 @@ def gone_message(gone: Gone, *, reply_to: str, at: datetime) -> Message:
 
 def marks_message(marks: Marks, *, routing_key: str, at: datetime) -> Message:
     """Marks of aggregates whose last events were published under `routing_key`."""
-    content = {"marks": [[m.aggregate_type, m.aggregate_id, m.last_seq] for m in marks.marks]}
+    content: dict[str, Any] = {"marks": [[m.aggregate_type, m.aggregate_id, m.last_seq] for m in marks.marks]}
+    if not marks.retained:
+        content["retained"] = False
     return _message(MARKS, content, sender=marks.source, routing_key=routing_key, at=at)
 
 
@@ -141,10 +150,13 @@ def to_control(delivery: Delivery) -> Control:
     """The marks or the answer of a delivery that `is_control`. Raises NotAnEvent."""
     sender, content = _opened(delivery)
     if delivery.event_type == MARKS:
-        return Marks(source=sender, marks=_items("marks", content, _mark, MAX_MARKS))
+        retained = content.get("retained", True)
+        if not isinstance(retained, bool):
+            raise _malformed("retained is neither true nor false")
+        return Marks(source=sender, marks=_items("marks", content, _mark, MAX_MARKS), retained=retained)
     reason = content.get("reason")
-    if reason not in ("not_retained", "unknown"):
-        raise _malformed("reason is neither not_retained nor unknown")
+    if reason not in ("not_retained", "unknown", "beyond"):
+        raise _malformed("reason is none of not_retained, unknown and beyond")
     return Gone(source=sender, reason=reason, ranges=_items("ranges", content, _range, MAX_RANGES))
 
 

@@ -70,7 +70,7 @@ GRANT INSERT, UPDATE (last_seq, last_digest, blocked) ON relay.inbox_aggregate T
 GRANT INSERT, UPDATE ON relay.inbox_seed TO relay_operator;
 GRANT UPDATE (event_type, content_type, headers, body, digest, reason, state, attempts, error, next_attempt_at), DELETE
   ON relay.inbox_held TO relay_operator;  -- a tombstone takes the place of a message
-GRANT UPDATE (state, next_ask_at, detail), DELETE ON relay.inbox_gap TO relay_operator;
+GRANT UPDATE (state, next_ask_at, detail, asks, dead_letters), DELETE ON relay.inbox_gap TO relay_operator;
 GRANT UPDATE (next_take_at, leads), DELETE ON relay.inbox TO relay_operator;
 GRANT DELETE ON relay.inbox_seen TO relay_operator;
 GRANT INSERT, UPDATE (dismissed_at) ON relay.inbox_quarantine TO relay_operator;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import structlog
@@ -167,11 +167,18 @@ class Applier:
                     charges.doom(_name(single), exc.error)
 
     async def _attempt(self, batch: Batch, charges: Charges, *, careful: bool, follow: int = FOLLOW_LIMIT) -> None:
-        """One transaction; redone after a deadlock or serialization failure, which is nobody's fault."""
+        """One transaction; redone after a deadlock or serialization failure, which is nobody's fault.
+
+        And with the tombstones that it has passed over: to look for them beforehand would cost every batch something.
+        """
         at_commit = 0
+        last: Collision | None = None
+        given_up: list[int] = []
         for redo in range(_REDOS):
             try:
-                await self._transaction(batch, charges, careful=careful, follow=follow)
+                await self._transaction(batch, charges, careful=careful, follow=follow, given_up=given_up)
+            except store.GivenUp as exc:
+                given_up += exc.held_ids
             except Collision as exc:
                 log.info("transaction_redone", reason=loggable(exc.error))
                 last = exc
@@ -181,16 +188,20 @@ class Applier:
                 await asyncio.sleep(random.uniform(0, 0.01 * (redo + 1)))  # noqa: S311 - no secret
             else:
                 return
-        if last.arrival is not None:  # enough of it: the last one to collide is held, or done alone
+        if last is not None and last.arrival is not None:  # enough of it: the last one to collide is held, or done alone
             raise HandlerFailed(last.arrival, last.error, ends_transaction=careful)
         raise PostgresUnavailable(f"a batch was redone {_REDOS} times because of deadlocks or serialization failures")
 
-    async def _transaction(self, batch: Batch, charges: Charges, *, careful: bool, follow: int) -> None:
+    async def _transaction(
+        self, batch: Batch, charges: Charges, *, careful: bool, follow: int, given_up: Sequence[int]
+    ) -> None:
         connection: Connection | None = None
         work: Work | None = None
         try:
             async with self._database.transaction() as connection:
-                work = Work(connection, self._rules, careful=careful, charges=charges, follow=follow)
+                work = Work(
+                    connection, self._rules, careful=careful, charges=charges, follow=follow, given_up=given_up
+                )
                 stats = await work.run(batch)
         except PostgresError:
             if work is not None and work.called is not None and connection is not None and connection.is_closed():

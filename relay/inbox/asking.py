@@ -10,7 +10,7 @@ from relay.control import MAX_NUMBERS, MAX_RANGES, Range, RepairRequest, repair_
 from relay.errors import BrokerError
 from relay.inbox.sequencer import Key
 from relay.message import Message
-from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Returned
+from relay.rabbitmq.contract import Confirmed, Outcome, Returned
 from relay.rabbitmq.control_topology import RepairQueue, repair_exchange
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.settings import Settings
@@ -28,7 +28,7 @@ class Asker:
         self._consumer = consumer
         self._queue = queue
         self._clock = asyncio.get_running_loop().time
-        self._publisher: Publisher | None = None
+        self._publisher: StockPublisher | None = None
         self._asked_at = 0.0
 
     async def ask(self, missing: Mapping[Key, Sequence[Range]]) -> dict[Key, str]:
@@ -54,6 +54,13 @@ class Asker:
                 details |= {(source, *r.aggregate): detail for r in ranges}
         return details
 
+    async def dead_letters(self) -> int | None:
+        """How many messages of the consumer's queue the broker has set aside; None if that cannot be seen."""
+        try:
+            return await (await self._open()).messages_in(f"{self._queue}.dead")
+        except BrokerError:
+            return None
+
     async def rest(self) -> None:
         """There is nothing to ask: give the connection back after a while."""
         if self._publisher is not None and self._clock() - self._asked_at > _KEPT_S:
@@ -66,6 +73,9 @@ class Asker:
             await closing.close()
 
     async def _publish(self, messages: Sequence[Message]) -> list[Outcome]:
+        return await (await self._open()).publish(messages)
+
+    async def _open(self) -> StockPublisher:
         if self._publisher is not None and self._publisher.lost is not None:
             await self.close()
         if self._publisher is None:
@@ -75,7 +85,7 @@ class Asker:
                 name=f"relay inbox {self._consumer}, repair",
                 target=repair_exchange,
             )
-        return await self._publisher.publish(messages)
+        return self._publisher
 
 
 def _requests(missing: Mapping[Key, Sequence[Range]]) -> Iterator[tuple[str, list[Range]]]:

@@ -10,7 +10,7 @@ from enum import Enum
 import asyncpg
 
 from relay.control import Gone, Marks, Range
-from relay.inbox.sequencer import Key
+from relay.inbox.sequencer import Key, Policy
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
@@ -21,9 +21,10 @@ LONGEST_DELAY_S = 300.0
 NUMBERS_EACH = 2000
 """Numbers of one gap that are asked for at a time; when they have come, the next are."""
 
+ASKS_IN_VAIN = 3
+"""After so many requests for the same number it is asked whether what is sent ends among the dead letters."""
+
 HOLES_EACH = 50
-_HELD_LOOKED_AT = 2000
-_RUN = 2000
 _EARLY_LOOKED_AT = 2000
 _WALKED = 1000
 _ASKED_LOOKED_AT = 5000
@@ -52,16 +53,17 @@ class Gap:
     asked_from: int | None
     asked_to: int | None
     last_seq: int  # the cursor
-    run: int  # held messages right after the cursor, counted up to a limit
+    held_to: int  # up to here there is no hole: applied or held
     top_is_held: bool  # to_seq itself is held
     latest: bool = False  # policy latest: only the newest state is wanted
+    dead_letters: int | None = None  # of the queue when it was first asked for; None: not known
 
     @property
     def first_missing(self) -> int:
         """The first number that is neither applied nor held; behind `to_seq` when none is."""
         if self.latest:
             return self.to_seq if self.last_seq < self.to_seq and not self.top_is_held else self.to_seq + 1
-        return max(self.last_seq, min(self.last_seq + self.run, self.to_seq)) + 1
+        return max(self.last_seq, min(self.held_to, self.to_seq)) + 1
 
     @property
     def need(self) -> Need:
@@ -78,6 +80,16 @@ class Gap:
         """True when part of what was asked for last has come since."""
         return self.asks > 0 and self.asked_from is not None and self.first_missing > self.asked_from
 
+    def dies(self, dead_letters: int | None) -> bool:
+        """True when it was sent again in vain, and there are more dead letters since: what comes may end its consumer."""
+        return (
+            self.asks >= ASKS_IN_VAIN
+            and self.first_missing == self.asked_from
+            and self.dead_letters is not None
+            and dead_letters is not None
+            and dead_letters > self.dead_letters
+        )
+
     def delay_s(self, first_s: float) -> float:
         """Seconds until it is asked for again, when it is asked for now: doubles."""
         return float(min(LONGEST_DELAY_S, first_s * 2.0 ** min(self.asks, 60)))
@@ -92,6 +104,7 @@ class Asked:
     asked_to: int | None  # None: not asked for now
     delay_s: float
     detail: str | None = None
+    dead_letters: int | None = None  # to compare with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +119,23 @@ class Told:
 
 
 class EarlyWalk:
-    """Finds gaps among the messages that arrived early, a bounded number a call, round and round."""
+    """Finds gaps among the messages that arrived early, a bounded number a call, round and round.
 
-    def __init__(self, consumer: str, *, alert_s: float) -> None:
+    `policies` are those of aggregate types, `policy` that of all others: where it is not `sequence` nothing is missed, and what
+    waits nevertheless is made due.
+    """
+
+    def __init__(
+        self,
+        consumer: str,
+        *,
+        alert_s: float,
+        policy: Policy = "sequence",
+        policies: Mapping[str, Policy] | None = None,
+    ) -> None:
         self._consumer = consumer
         self._alert_s = alert_s
+        self._policies = (list(policies or {}), list((policies or {}).values()), policy)
         self._after = (_EPOCH, 0)
         self.is_over = True  # the last call came to the end of the round
 
@@ -118,7 +143,7 @@ class EarlyWalk:
         """Look at the next ones; return how many gaps were noted, or grew."""
         with postgres_errors():
             row = await connection.fetchrow(
-                query("note_early"), self._consumer, self._alert_s, *self._after, _EARLY_LOOKED_AT
+                query("note_early"), self._consumer, self._alert_s, *self._after, _EARLY_LOOKED_AT, *self._policies
             )
         if row is None:
             return 0
@@ -146,13 +171,18 @@ class GapWalk:
         return [(r["source"], r["aggregate_type"], r["aggregate_id"]) for r in rows]
 
 
-async def note_marks(connection: Connection, consumer: str, marks: Mapping[Key, int], *, alert_s: float) -> int:
-    """Note what marks say exists and has not come. In a batch's transaction, after its cursors are written."""
+async def note_marks(
+    connection: Connection, consumer: str, marks: Mapping[Key, int], *, alert_s: float, retained: bool = True
+) -> int:
+    """Note what marks say exists and has not come. In a batch's transaction, after its cursors are written.
+
+    Not `retained`: only of aggregates that something was applied of.
+    """
     if not marks:
         return 0
     keys = sorted(marks)
     noted: int = await connection.fetchval(
-        query("note_marks"), consumer, *_arrays(keys), [marks[key] for key in keys], alert_s
+        query("note_marks"), consumer, *_arrays(keys), [marks[key] for key in keys], alert_s, retained
     )
     return noted
 
@@ -164,7 +194,7 @@ async def states(
     wanted = sorted(set(keys))
     if not wanted:
         return []
-    rows = await connection.fetch(query("gap_states"), consumer, *_arrays(wanted), _RUN)
+    rows = await connection.fetch(query("gap_states"), consumer, *_arrays(wanted))
     return [
         Gap(
             key=(r["source"], r["aggregate_type"], r["aggregate_id"]),
@@ -174,9 +204,10 @@ async def states(
             asked_from=r["asked_from"],
             asked_to=r["asked_to"],
             last_seq=r["last_seq"],
-            run=r["run"],
+            held_to=r["held_to"],
             top_is_held=r["top_is_held"],
             latest=is_latest(r["aggregate_type"]),
+            dead_letters=r["dead_letters"],
         )
         for r in rows
     ]
@@ -217,7 +248,7 @@ async def missing(connection: Connection, consumer: str, gaps: Sequence[Gap], nu
                 consumer,
                 *_keys(sequence),
                 [g.to_seq for g in sequence],
-                _HELD_LOOKED_AT,
+                [g.first_missing - 1 for g in sequence],
                 HOLES_EACH,
             )
         for r in rows:
@@ -240,6 +271,7 @@ async def write_asked(connection: Connection, consumer: str, asked: Sequence[Ask
             [a.asked_to for a in asked],
             [a.delay_s for a in asked],
             [a.detail for a in asked],
+            [a.dead_letters for a in asked],
         )
     return [Told(key=_key(r), to_seq=r["to_seq"], found_by=r["found_by"]) for r in rows]
 
@@ -252,7 +284,7 @@ async def asked_numbers(connection: Connection, consumer: str) -> float:
 
 
 async def stick(connection: Connection, consumer: str, details: Mapping[Key, tuple[int, str]]) -> list[tuple[Key, str]]:
-    """These are gone, from a number on, and why. Returns those that were not stuck before. In a batch's transaction."""
+    """These cannot be had, from a number on, and why. Returns those that were not stuck before."""
     if not details:
         return []
     keys = sorted(details)
@@ -260,6 +292,15 @@ async def stick(connection: Connection, consumer: str, details: Mapping[Key, tup
         query("stick_gaps"), consumer, *_arrays(keys), [details[k][0] for k in keys], [details[k][1] for k in keys]
     )
     return [(_key(r), r["detail"]) for r in rows]
+
+
+async def drop_announced(connection: Connection, consumer: str, firsts: Mapping[Key, int]) -> list[Told]:
+    """Forget those of these gaps, given their first missing numbers, behind which nothing is held. In a batch's transaction."""
+    if not firsts:
+        return []
+    keys = sorted(firsts)
+    rows = await connection.fetch(query("drop_announced"), consumer, *_arrays(keys), [firsts[key] for key in keys])
+    return [Told(key=_key(r), to_seq=r["to_seq"]) for r in rows]
 
 
 async def next_s(connection: Connection, consumer: str) -> float | None:
@@ -270,7 +311,7 @@ async def next_s(connection: Connection, consumer: str) -> float | None:
 
 
 def newest(marks: Iterable[Marks], *, is_ordered: Callable[[str], bool]) -> dict[Key, int]:
-    """The highest mark of each aggregate whose type is ordered."""
+    """The highest mark of each aggregate whose type is ordered. Pure."""
     found: dict[Key, int] = {}
     for one in marks:
         for mark in one.marks:
@@ -295,11 +336,38 @@ def stuck_details(answers: Iterable[Gone], gaps: Sequence[Gap]) -> dict[Key, tup
     return details
 
 
+def beyond(answers: Iterable[Gone], details: Mapping[Key, tuple[int, str]]) -> dict[Key, int]:
+    """Which of the gaps that would be stuck are so because their numbers were never given out: their first missing ones. Pure."""
+    return {
+        (a.source, *r.aggregate): details[a.source, *r.aggregate][0]
+        for a in answers
+        if a.reason == "beyond"
+        for r in a.ranges
+        if (a.source, *r.aggregate) in details and r.from_seq <= details[a.source, *r.aggregate][0] <= r.to_seq
+    }
+
+
+def dead_detail(gap: Gap, queue: str) -> str:
+    """What to say about a gap that `dies`."""
+    _, kind, name = gap.key
+    first = gap.first_missing
+    return (
+        f"number {first} was sent again {gap.asks} times and has not arrived, and {queue}.dead has grown: a message may end the process "
+        f"of its consumer. Mend that, then relay inbox retry {kind}/{name}; to go on without: relay inbox skip {kind}/{name} "
+        f"--through {first}"
+    )
+
+
 def _detail(gap: Gap, gone: Range, answer: Gone) -> str:
     source, kind, name = gap.key
     first, last = gap.first_missing, min(gone.to_seq, gap.to_seq)
     numbers = f"number {first} is" if first == last else f"numbers {first} to {last} are"
-    if answer.reason == "unknown":
+    if answer.reason == "beyond":
+        why = (
+            f"source {source} has never given out {kind}/{name} beyond {gone.from_seq - 1}, and more has come from it: its database "
+            f"has lost {numbers.removesuffix(' is').removesuffix(' are')}, and will give out such numbers again"
+        )
+    elif answer.reason == "unknown":
         why = f"source {source} knows no {kind}/{name}: {numbers} missing here, so its database has lost them, or it is another one"
     else:
         why = f"{numbers} not retained by source {source} any more"

@@ -7,6 +7,7 @@ the answers can follow: what was asked for has to come, or its time to pass, bef
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import structlog
 from relay.control import Range
 from relay.inbox import gaps
 from relay.inbox.asking import Asker
+from relay.inbox.database import OPERATE_CHANNEL
 from relay.inbox.gaps import Asked, Gap, Need, Told
 from relay.inbox.sequencer import Key, Policy
 from relay.postgres.connect import PLANS, Connection, connection
@@ -73,19 +75,27 @@ class Healing:
         self._policy = policy
         self._alert_s = settings.inbox.gap_alert_after_s
         self._clock = asyncio.get_running_loop().time
-        self._early = gaps.EarlyWalk(consumer, alert_s=self._alert_s)
+        inbox = settings.inbox
+        self._early = gaps.EarlyWalk(consumer, alert_s=self._alert_s, policy=inbox.policy, policies=inbox.policies)
         self._walk = gaps.GapWalk(consumer)
         self._outstanding: dict[Key, _Outstanding] = {}
         self._flowed_at = -_STALLED_S  # when something that was asked for has come
-        self._look_at = 0.0
+        self._wished_at = math.inf  # when somebody wants a look, also one that is wished for while another goes on
         self._sooner = asyncio.Event()
 
     def expect(self) -> None:
         """Something came early, or was announced: look when it has become old enough to be missed."""
-        at = self._clock() + self._alert_s + 0.05
-        if at < self._look_at:
-            self._look_at = at
+        self._wish(self._alert_s + 0.05)
+
+    def _wish(self, in_s: float) -> None:
+        if (at := self._clock() + in_s) < self._wished_at:
+            self._wished_at = at
             self._sooner.set()
+
+    def _on_operate(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        """An operator has acted on this consumer's inbox: only a hint to look."""
+        if payload == self._consumer:
+            self._wish(0.0)
 
     async def run(self) -> None:
         """Look, ask, and rest in between. Raises PostgresError when the connection broke: to be run again."""
@@ -94,6 +104,8 @@ class Healing:
             async with connection(
                 self._settings.postgres, application=f"relay gaps {self._consumer}", plans=PLANS
             ) as opened:
+                with postgres_errors():
+                    await opened.add_listener(OPERATE_CHANNEL, self._on_operate)
                 while True:
                     busy = await self._look(opened, asker)
                     if not busy:
@@ -156,10 +168,28 @@ class Healing:
         if not self._settings.inbox.repair:
             detail = "inbox.repair is off: it is not asked for"
             return [Asked(gap=gap, asks=0, asked_to=None, delay_s=_OFF_DELAY_S, detail=detail) for gap in wanted]
+        dead = await asker.dead_letters()
+        dying = [gap for gap in wanted if gap.dies(dead)]
+        await self._give_up(opened, dying)
+        wanted = [gap for gap in wanted if gap not in dying]
+        if not wanted:
+            return []
         details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
         numbers = await gaps.asked_numbers(opened, self._consumer)
         numbers += sum(len(r) for gap in wanted for r in ranges[gap.key])
-        return [self._as_asked(gap, ranges[gap.key], details.get(gap.key), numbers / _SLOWEST) for gap in wanted]
+        asked = [self._as_asked(gap, ranges[gap.key], details.get(gap.key), numbers / _SLOWEST) for gap in wanted]
+        return [replace(a, dead_letters=_fewest(a.gap, dead)) for a in asked]
+
+    async def _give_up(self, opened: Connection, dying: Sequence[Gap]) -> None:
+        """Do not send again what ends its consumer: the delivery limit has taken it out of the queue for that."""
+        with postgres_errors():
+            stuck = await gaps.stick(
+                opened,
+                self._consumer,
+                {gap.key: (gap.first_missing, gaps.dead_detail(gap, self._queue)) for gap in dying},
+            )
+        for key, detail in stuck:
+            log.error("gap_stuck", consumer=self._consumer, source=key[0], aggregate="/".join(key[1:]), reason=detail)
 
     def _as_asked(self, gap: Gap, ranges: Sequence[Range], detail: str | None, queued_s: float) -> Asked:
         """`detail`: why it could not be asked for. `queued_s`: how long it may take until all that was asked for has come."""
@@ -176,8 +206,10 @@ class Healing:
         return Asked(gap=gap, asks=gap.asks + 1, asked_to=ranges[-1].to_seq, delay_s=delay_s, detail=detail)
 
     def _still_coming(self, gap: Gap) -> Asked:
-        """What was asked for is on its way: do not ask for it twice."""
-        return Asked(gap=gap, asks=max(1, gap.asks), asked_to=None, delay_s=self._alert_s)
+        """What was asked for is on its way: do not ask for it twice. Of what has come in part, the rest is asked for anew."""
+        asks = 1 if gap.is_coming else max(1, gap.asks)
+        dead = None if gap.is_coming else gap.dead_letters
+        return Asked(gap=gap, asks=asks, asked_to=None, delay_s=self._alert_s, dead_letters=dead)
 
     async def _states(self, opened: Connection, keys: set[Key] | list[Key]) -> list[Gap]:
         with postgres_errors():
@@ -188,10 +220,12 @@ class Healing:
     async def _rest(self, seconds: float, due_s: float | None) -> None:
         if due_s is not None:
             seconds = min(seconds, max(due_s, min(_BUSY_INTERVAL_S, self._alert_s)))
-        self._look_at = self._clock() + seconds
-        while (left := self._look_at - self._clock()) > 0:
+        until = self._clock() + seconds
+        while (left := min(until, self._wished_at) - self._clock()) > 0:
             self._sooner.clear()
             await wait_for(self._sooner, left)
+        if self._wished_at <= self._clock():
+            self._wished_at = math.inf
 
     def _tell_new(self, new: Sequence[Told], known: Mapping[Key, Gap]) -> None:
         for told in new[:_LOGGED]:
@@ -222,3 +256,10 @@ class Healing:
             )
         if len(closed) > _LOGGED:
             log.info("gaps_closed", consumer=self._consumer, more=len(closed) - _LOGGED)
+
+
+def _fewest(gap: Gap, dead_letters: int | None) -> int | None:
+    """What to compare the number of dead letters with later: an operator may take some away in between."""
+    if gap.asks == 0 or gap.dead_letters is None or dead_letters is None:
+        return dead_letters
+    return min(gap.dead_letters, dead_letters)

@@ -107,6 +107,14 @@ class Due:
     message_id: str
 
 
+class GivenUp(Exception):
+    """Copies of messages were applied although tombstones are held in their places: the transaction must be redone with those."""
+
+    def __init__(self, held_ids: Sequence[int]) -> None:
+        super().__init__(f"{len(held_ids)} given up")
+        self.held_ids = held_ids
+
+
 class Store:
     """The statements of one transaction of one consumer. Those that wait for another consumer's have a time-out of their own."""
 
@@ -177,8 +185,12 @@ class Store:
     async def delete_held_through(
         self, cursors: Mapping[Key, Cursor], applied: Mapping[Key, Mapping[int, bytes]]
     ) -> list[Conflict]:
-        """Delete what is held up to these cursors. What is not what was applied under its number goes to the quarantine."""
+        """Delete what is held up to these cursors. What is not what was applied under its number goes to the quarantine.
+
+        Raises GivenUp when something was applied that an operator had given up while it was held.
+        """
         conflicts: list[Conflict] = []
+        given_up: list[int] = []
         for (source, aggregate_type), ids in sorted(_grouped(cursors).items()):
             keys: list[Key] = [(source, aggregate_type, i) for i in ids]
             known = [(key[2], seq, digest) for key in keys for seq, digest in applied.get(key, {}).items()]
@@ -194,8 +206,27 @@ class Store:
                 [k[2] for k in known],
                 TOMBSTONE,
             )
-            conflicts += [Conflict(**row) for row in rows]
+            given_up += [row["id"] for row in rows if row["given_up"]]
+            conflicts += [
+                Conflict(
+                    source=row["source"],
+                    aggregate_type=row["aggregate_type"],
+                    aggregate_id=row["aggregate_id"],
+                    seq=row["seq"],
+                    message_id=row["message_id"],
+                )
+                for row in rows
+                if not row["given_up"]
+            ]
+        if given_up:
+            raise GivenUp(given_up)
         return conflicts
+
+    async def held(self, held_ids: Sequence[int]) -> list[Arrival]:
+        """These held messages, in order, as far as they are still held."""
+        if not held_ids:
+            return []
+        return [_arrival(r) for r in await self._connection.fetch(query("held_by_id"), self._consumer, held_ids)]
 
     async def delete_held(self, held_ids: Sequence[int]) -> None:
         """Delete held messages that have been applied."""

@@ -101,6 +101,8 @@ class Work:
     `careful`: a savepoint for each message, so that one that fails is held and the others stay. Otherwise the first
     failure is raised as HandlerFailed. Arrivals that `charges` have a verdict on (their handler took too long, or ended the
     transaction) are held without another try. `follow` bounds how many held successors are applied.
+    `given_up` are held tombstones (their ids) that come before the copies among the arrivals of what an operator gave up.
+    That there are such is noticed only when they are passed: `run` raises GivenUp then.
     """
 
     def __init__(
@@ -111,12 +113,14 @@ class Work:
         careful: bool,
         charges: Charges,
         follow: int = FOLLOW_LIMIT,
+        given_up: Sequence[int] = (),
     ) -> None:
         self._connection = connection
         self._rules = rules
         self._careful = careful
         self._charges = charges
         self._follow_left = follow
+        self._given_up = given_up
         self._clock = asyncio.get_running_loop().time
         self._store = Store(
             connection, rules.consumer, lock_timeout_s=LOCK_TIMEOUT_S + rules.settings.handler_timeout_s
@@ -133,6 +137,7 @@ class Work:
         self._conflicts: list[Conflict] = []
         self._cleared: list[Arrival] = []
         self._stuck: list[tuple[Key, str]] = []
+        self._dropped: list[gaps.Told] = []
         self._tally = Tally()
         self._caller = Caller(connection, self._store, charges, timeout_s=rules.settings.handler_timeout_s)
         self.leaves_due = False  # held successors were left to the retry timer
@@ -147,6 +152,9 @@ class Work:
         transaction = await self._store.transaction_id()
         self._strangers += batch.strangers
         await self._lock(batch)
+        for arrival in await self._store.held(self._given_up):
+            if key_of(arrival.event) in self._lines:
+                await self._take(arrival)
         for arrival in batch.arrivals:
             await self._take(arrival)
         for arrival in await self._store.lock_due(batch.due):
@@ -168,6 +176,15 @@ class Work:
             self._log_failure(hold)
         for conflict in self._conflicts:
             self._log_conflict(conflict)
+        for told in self._dropped:
+            log.error(
+                "mark_unfounded",
+                consumer=self._rules.consumer,
+                source=told.key[0],
+                aggregate="/".join(told.key[1:]),
+                last=told.to_seq,
+                reason="it was announced, and its source has never given out the number: its database may have lost events",
+            )
         for key, detail in self._stuck:
             log.error(
                 "gap_stuck", consumer=self._rules.consumer, source=key[0], aggregate="/".join(key[1:]), reason=detail
@@ -281,14 +298,24 @@ class Work:
             return
         self._tally.add("control", len(controls))
         consumer, policy = self._rules.consumer, self._rules.policy
-        marks = gaps.newest(
-            (c for c in controls if isinstance(c, Marks)), is_ordered=lambda kind: policy(kind) != "none"
-        )
-        await gaps.note_marks(self._connection, consumer, marks, alert_s=self._rules.settings.gap_alert_after_s)
+        for retained in (True, False):
+            marks = gaps.newest(
+                (c for c in controls if isinstance(c, Marks) and c.retained == retained),
+                is_ordered=lambda kind: policy(kind) != "none",
+            )
+            await gaps.note_marks(
+                self._connection,
+                consumer,
+                marks,
+                alert_s=self._rules.settings.gap_alert_after_s,
+                retained=retained,
+            )
         answers = [c for c in controls if isinstance(c, Gone)]
         keys = {(c.source, *r.aggregate) for c in answers for r in c.ranges}
         known = await gaps.states(self._connection, consumer, keys, is_latest=lambda kind: policy(kind) == "latest")
-        self._stuck += await gaps.stick(self._connection, consumer, gaps.stuck_details(answers, known))
+        details = gaps.stuck_details(answers, known)
+        self._dropped += await gaps.drop_announced(self._connection, consumer, gaps.beyond(answers, details))
+        self._stuck += await gaps.stick(self._connection, consumer, details)
 
     def _known_digests(self, key: Key, line: Line) -> dict[int, bytes]:
         """What has been applied under which number, as far as something else may be held under it."""

@@ -1,7 +1,10 @@
 """Tells inboxes how far each aggregate has been published, so that a lost last message is missed as well.
 
 Recently published aggregates are told every two seconds, and an endless slow sweep tells all that the log retains: a mark
-that was lost together with its events is followed by another. Runs beside the pipeline, on connections of its own.
+that was lost together with its events is followed by another. Now and then it tells as well of aggregates of which nothing is
+retained any more, in messages of their own: whoever has applied something of them then notices that the rest cannot be had.
+
+Runs beside the pipeline, on connections of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from relay.control import MAX_MARKS, Mark, Marks, marks_message
+from relay.control import MARKS, MAX_MARKS, Mark, Marks, marks_message
 from relay.errors import BrokerRefused, BrokerUnavailable
 from relay.message import Aggregate, Message, Row
 from relay.outbox.recent import Newest, Recent
@@ -46,6 +49,7 @@ class Pace:
 
     interval_s: float = 2.0  # between two passes
     sweep_s: float = 60.0  # least duration of one sweep over all aggregates
+    history_s: float = 3600.0  # between sweeps that tell also of what is not retained any more: it may be much
 
 
 class MarksService:
@@ -64,6 +68,8 @@ class MarksService:
         self._waiting: deque[Message] = deque()
         self._swept: Aggregate | None = ("", "")  # where the sweep goes on; None: it is done
         self._sweep_at = 0.0
+        self._history_at = 0.0
+        self._tells_history = False  # this sweep does
         self.published = 0  # messages
 
     async def run(self) -> None:
@@ -91,7 +97,7 @@ class MarksService:
         """What is recent first; the sweep goes on only where nothing is left waiting."""
         self._waiting.extend(self._messages(self._recent.take()))
         if len(self._waiting) < _MESSAGES:
-            self._waiting.extend(self._messages(await self._sweep(opened)))
+            self._waiting.extend(await self._sweep(opened))
         while len(self._waiting) > _MESSAGES * 10:  # a mark that is left out is told by the sweep
             self._waiting.popleft()
         portion = [self._waiting.popleft() for _ in range(min(_MESSAGES, len(self._waiting)))]
@@ -102,7 +108,7 @@ class MarksService:
             raise BrokerUnavailable(f"the session with RabbitMQ ended while publishing marks: {target.lost}")
         self.published += len(portion)
 
-    async def _sweep(self, opened: Connection) -> list[Newest]:
+    async def _sweep(self, opened: Connection) -> list[Message]:
         now = self._clock()
         if self._swept is None:
             if now < self._sweep_at:
@@ -110,24 +116,37 @@ class MarksService:
             self._swept = ("", "")
         if self._swept == ("", ""):
             self._sweep_at = now + self._pace.sweep_s
+            self._tells_history = now >= self._history_at
+            if self._tells_history:
+                self._history_at = now + self._pace.history_s
         with postgres_errors():
             records = await opened.fetch(query("sweep_aggregates"), self._shard, *self._swept, _SWEEP_AGGREGATES)
         full = len(records) == _SWEEP_AGGREGATES
         self._swept = (records[-1]["aggregate_type"], records[-1]["aggregate_id"]) if full else None
-        return [
+        retained = [
             Newest((r["aggregate_type"], r["aggregate_id"]), r["seq"], r["event_type"], r["routing_key"])
             for r in records
             if r["seq"] is not None
         ]
+        history = [  # how its events were addressed is gone with them: the template's key, as for an event of this name
+            Newest((r["aggregate_type"], r["aggregate_id"]), r["last_seq"], MARKS, None)
+            for r in records
+            if self._tells_history and r["last_seq"] is not None
+        ]
+        return self._messages(retained) + self._messages(history, retained=False)
 
-    def _messages(self, newest: Sequence[Newest]) -> list[Message]:
+    def _messages(self, newest: Sequence[Newest], *, retained: bool = True) -> list[Message]:
         """Marks by routing key: they reach the queues that the events reached."""
         by_key: dict[str, list[Mark]] = {}
         for one in newest:
             by_key.setdefault(self._key(one), []).append(Mark(*one.aggregate, one.seq))
         at = datetime.now(UTC)
         return [
-            marks_message(Marks(source=self._source, marks=tuple(marks[i : i + MAX_MARKS])), routing_key=key, at=at)
+            marks_message(
+                Marks(source=self._source, marks=tuple(marks[i : i + MAX_MARKS]), retained=retained),
+                routing_key=key,
+                at=at,
+            )
             for key, marks in by_key.items()
             for i in range(0, len(marks), MAX_MARKS)
         ]

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from relay.control import MAX_NUMBERS, MAX_RANGES, Gone, Range, RepairRequest, gone_message, to_repair_request
+from relay.control import MAX_NUMBERS, MAX_RANGES, Gone, Range, Reason, RepairRequest, gone_message, to_repair_request
 from relay.errors import BrokerRefused, BrokerUnavailable
 from relay.message import Delivery, Message, NotAnEvent, to_message
 from relay.outbox.resend import Place, Rate, Retained, by_size, portions
@@ -125,16 +125,21 @@ class Repair:
 
     async def _serve(self, request: RepairRequest, answerer: _Answerer) -> list[Range]:
         """Send what can be sent; return what could not, having said so."""
-        known, unknown = await answerer.retained.known(request.ranges, numbers=MAX_NUMBERS)
+        known = await answerer.retained.known(request.ranges, numbers=MAX_NUMBERS)
         gone: list[Range] = []
-        for portion in portions(known):
+        for portion in portions(known.ranges):
             survey = await answerer.retained.survey(portion)
             for places in by_size(survey.sendable, _AT_ONCE):
                 await self._send(places, request.reply_to, answerer)
             gone += survey.gone
-        await self._say_gone(Gone(source=self._source, reason="not_retained", ranges=tuple(gone)), request, answerer)
-        await self._say_gone(Gone(source=self._source, reason="unknown", ranges=tuple(unknown)), request, answerer)
-        return gone + unknown
+        answers: tuple[tuple[Reason, list[Range]], ...] = (
+            ("not_retained", gone),
+            ("unknown", known.unknown),
+            ("beyond", known.beyond),
+        )
+        for reason, ranges in answers:
+            await self._say_gone(Gone(source=self._source, reason=reason, ranges=tuple(ranges)), request, answerer)
+        return gone + known.unknown + known.beyond
 
     async def _send(self, places: Sequence[Place], queue: str, answerer: _Answerer) -> None:
         await answerer.rate.take(len(places))

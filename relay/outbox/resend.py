@@ -29,6 +29,15 @@ class Place:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What exists of some ranges, published or not."""
+
+    ranges: list[Range]  # cut to numbers that exist
+    unknown: list[Range]  # of aggregates that nobody ever wrote to
+    beyond: list[Range]  # cut to numbers that have not been given out
+
+
 @dataclass(slots=True)
 class Survey:
     """What the log says to some ranges. Numbers that are neither sendable nor gone will be published in their own time."""
@@ -43,17 +52,22 @@ class Retained:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def known(self, ranges: Iterable[Range], *, numbers: int) -> tuple[list[Range], list[Range]]:
-        """(the ranges cut to numbers that exist, at most `numbers` in all; those of aggregates that nobody ever wrote to)."""
+    async def known(self, ranges: Iterable[Range], *, numbers: int) -> Known:
+        """What exists of these ranges, `numbers` of them at most."""
         wanted = list(ranges)
         last = await self._last_numbers({r.aggregate for r in wanted})
         known: list[Range] = []
+        beyond = [
+            replace(r, from_seq=max(r.from_seq, last[r.aggregate] + 1))
+            for r in wanted
+            if r.to_seq > last.get(r.aggregate, r.to_seq)
+        ]
         for r in wanted:
             to_seq = min(r.to_seq, last.get(r.aggregate, 0), r.from_seq + numbers - 1)
             if to_seq >= r.from_seq and numbers > 0:
                 known.append(replace(r, to_seq=to_seq))
                 numbers -= len(known[-1])
-        return known, [r for r in wanted if r.aggregate not in last]
+        return Known(known, [r for r in wanted if r.aggregate not in last], beyond)
 
     async def survey(self, ranges: Sequence[Range]) -> Survey:
         """What the log still has of ranges that `known` returned, PORTION numbers of them at most."""

@@ -12,7 +12,7 @@ import aiormq.exceptions
 from aio_pika.abc import AbstractChannel, AbstractExchange
 from pamqp.commands import Basic
 
-from relay.errors import BrokerUnavailable
+from relay.errors import BrokerRefused, BrokerUnavailable
 from relay.message import MAX_BODY_BYTES, Message
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
 from relay.rabbitmq.session import Session, broker_errors, close, connect, reply_code, reply_text
@@ -95,6 +95,22 @@ class StockPublisher:
         for start in range(0, len(messages), _IN_FLIGHT):
             outcomes += await self._publish_window(messages[start : start + _IN_FLIGHT])
         return outcomes
+
+    async def messages_in(self, queue: str) -> int | None:
+        """How many messages wait in a queue; None if there is none, or it cannot be looked at. Raises BrokerUnavailable.
+
+        On a channel of its own, which is all that a refusal ends.
+        """
+        try:
+            with broker_errors(f"looking at the queue {queue!r}"):
+                async with asyncio.timeout(self._confirm_timeout_s):
+                    channel = await self._session.channel(publisher_confirms=False)
+                    underlay = await channel.get_underlay_channel()
+                    found = (await underlay.queue_declare(queue, passive=True)).message_count
+                    await channel.close()
+        except BrokerRefused:
+            return None
+        return found
 
     async def close(self) -> None:
         """See the contract."""

@@ -13,13 +13,15 @@ CREATE TABLE relay.inbox_gap (
   alerted_at     timestamptz,           -- when it was older than gap_alert_after_s and still missing, and was logged
   state          text        NOT NULL DEFAULT 'open',
   asks           integer     NOT NULL DEFAULT 0,  -- how often its producer was asked since something of it last came
-  asked_from     bigint,                -- the first missing number when it was last asked for; of a stuck one, the first that is gone
+  asked_from     bigint,                -- the first missing number when it was last asked for, or when it got stuck; up to there all is applied or held
   asked_to       bigint,                -- the last number that was asked for: long gaps are asked for in portions
   next_ask_at    timestamptz,
+  dead_letters   bigint,                -- of the consumer's queue when it was first asked for, as far as that was to be seen
   detail         text,
   PRIMARY KEY (aggregate_id, aggregate_type, source, consumer),
   CONSTRAINT inbox_gap_found_by_is_known CHECK (found_by IN ('successor', 'mark')),
-  -- open: the producer is asked for it at next_ask_at, again and again; stuck: it answered that it has it no longer
+  -- open: the producer is asked for it at next_ask_at, again and again; stuck: it answered that it has it no longer, or what it
+  -- sends ends among the dead letters again and again
   CONSTRAINT inbox_gap_state_is_known CHECK (state IN ('open', 'stuck')),
   CONSTRAINT inbox_gap_open_is_asked_for CHECK ((state = 'open') = (next_ask_at IS NOT NULL)),
   CONSTRAINT inbox_gap_counts_up CHECK (to_seq >= 1 AND asks >= 0)

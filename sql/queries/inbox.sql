@@ -161,7 +161,7 @@ DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, 
 -- name: delete_held_through
 -- Held messages that have been applied, or were overtaken. What was applied under the same number came from the broker, and
 -- may be something else than what was held: then the held one is a conflict, and goes to the quarantine whole.
--- Returns those. Their bodies do not leave the server.
+-- Returns those, their bodies do not leave the server; and tombstones whose number was applied although it had been given up.
 -- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[]), $5 their last seq (bigint[]),
 -- what was applied: $6 aggregate ids (text[]), $7 seqs (bigint[]), $8 digests (bytea[]); $9 the event type of tombstones
 WITH gone AS (
@@ -169,6 +169,9 @@ WITH gone AS (
   USING unnest($4::text[], $5::bigint[]) AS c (aggregate_id, last_seq)
   WHERE h.aggregate_id = c.aggregate_id AND h.aggregate_type = $3 AND h.source = $2 AND h.consumer = $1 AND h.seq <= c.last_seq
   RETURNING h.*
+), given_up AS (
+  SELECT gone.* FROM gone JOIN unnest($6::text[], $7::bigint[]) AS applied (aggregate_id, seq) USING (aggregate_id, seq)
+  WHERE gone.event_type = $9
 ), conflict AS (
   SELECT gone.*
   FROM gone JOIN unnest($6::text[], $7::bigint[], $8::bytea[]) AS applied (aggregate_id, seq, digest) USING (aggregate_id, seq)
@@ -183,7 +186,16 @@ WITH gone AS (
          body
   FROM conflict
 )
-SELECT source, aggregate_type, aggregate_id, seq, message_id FROM conflict
+SELECT id, source, aggregate_type, aggregate_id, seq, message_id, false AS given_up FROM conflict
+UNION ALL SELECT id, source, aggregate_type, aggregate_id, seq, message_id, true FROM given_up
+
+-- name: held_by_id
+-- Held messages, whatever their state. Their cursors must be locked.
+-- $1 consumer, $2 ids (bigint[])
+SELECT id, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers::text AS headers, body,
+       digest, occurred_at, attempts
+FROM relay.inbox_held WHERE consumer = $1 AND id = ANY ($2::bigint[])
+ORDER BY seq
 
 -- name: delete_held
 -- $1 ids (bigint[])

@@ -43,11 +43,13 @@ ORDER BY w.n
 
 -- name: sweep_aggregates
 -- The newest retained row of the next aggregates, where it has been published and nothing of the aggregate is parked; for the
--- others the number is null. One probe of each index for an aggregate, whatever the length of its history.
+-- others the number is null. Where nothing is retained and nothing parked, all has been published: `last_seq` is the last number then
+-- (null for the others), which the first shard tells. One probe of each index for an aggregate, whatever the length of its history.
 -- $1 shard, $2 aggregate type, $3 aggregate id (to start after; '' for all), $4 aggregates
-SELECT walk.aggregate_type, walk.aggregate_id, newest.seq, newest.event_type, newest.routing_key
+SELECT walk.aggregate_type, walk.aggregate_id, newest.seq, newest.event_type, newest.routing_key,
+       CASE WHEN $1 = 0 AND newest.seq IS NULL AND remains.of IS NULL THEN walk.last_seq END AS last_seq
 FROM (
-  SELECT a.aggregate_id, a.aggregate_type FROM relay.outbox_aggregate a
+  SELECT a.aggregate_id, a.aggregate_type, a.last_seq FROM relay.outbox_aggregate a
   WHERE (a.aggregate_id, a.aggregate_type) > ($3::text, $2::text)
   ORDER BY a.aggregate_id, a.aggregate_type LIMIT $4
 ) AS walk
@@ -63,4 +65,12 @@ LEFT JOIN LATERAL (
     AND NOT EXISTS (SELECT FROM relay.outbox_parked p
                     WHERE p.aggregate_id = walk.aggregate_id AND p.aggregate_type = walk.aggregate_type)
 ) AS newest ON true
+LEFT JOIN LATERAL (
+  (SELECT o.aggregate_id AS of FROM relay.outbox o
+   WHERE newest.seq IS NULL AND o.aggregate_id = walk.aggregate_id AND o.aggregate_type = walk.aggregate_type LIMIT 1)
+  UNION ALL
+  (SELECT p.aggregate_id FROM relay.outbox_parked p
+   WHERE newest.seq IS NULL AND p.aggregate_id = walk.aggregate_id AND p.aggregate_type = walk.aggregate_type LIMIT 1)
+  LIMIT 1
+) AS remains ON true
 ORDER BY walk.aggregate_id, walk.aggregate_type

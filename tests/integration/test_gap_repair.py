@@ -320,13 +320,14 @@ async def test_only_what_is_published_and_not_parked_is_sent_again(database: str
     async with connection(PostgresSettings(dsn=SecretStr(database)), application="test") as opened:
         retained = Retained(opened)
         asked = [Range("order", "1", 1, 100), Range("order", "9", 1, 1)]
-        known, unknown = await retained.known(asked, numbers=5000)
-        assert known == [Range("order", "1", 1, 7)]
-        assert unknown == [Range("order", "9", 1, 1)]
-        survey = await retained.survey(known)
+        known = await retained.known(asked, numbers=5000)
+        assert known.ranges == [Range("order", "1", 1, 7)]
+        assert known.unknown == [Range("order", "9", 1, 1)]
+        assert known.beyond == [Range("order", "1", 8, 100)]
+        survey = await retained.survey(known.ranges)
         assert survey.gone == [Range("order", "1", 2, 2)]
         assert [row.seq for row in await retained.rows(survey.sendable)] == [1, 3, 5]
-        assert (await retained.known(asked, numbers=3))[0] == [Range("order", "1", 1, 3)]
+        assert (await retained.known(asked, numbers=3)).ranges == [Range("order", "1", 1, 3)]
 
 
 def test_portions_cover_every_number_once() -> None:

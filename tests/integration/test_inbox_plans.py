@@ -16,6 +16,7 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "held_successors": ("c", "s", "t", IDS, [1] * 200, 64, 1_000_000),
     "make_successors_due": ("c", "s", "t", IDS, [1] * 200),
     "release_waiting": ("c", "", "", "", 2000),
+    "held_by_id": ("c", [1] * 200),
     "delete_held_through": ("c", "s", "t", IDS, [1] * 200, IDS, [1] * 200, [b""] * 200, "relay.tombstone"),
     "due_held": ("c", 100, 1_000_000),
     "next_due": ("c",),

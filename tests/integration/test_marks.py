@@ -196,15 +196,16 @@ OUTBOX = {
     "sweep_aggregates": (0, "", "", 2000),
 }
 INBOX: dict[str, tuple[Any, ...]] = {
-    "note_early": ("c", 5.0, datetime(1970, 1, 1, tzinfo=UTC), 0, 2000),
-    "note_marks": ("c", SHOPS, ORDERS, IDS, ONES, 5.0),
+    "note_early": ("c", 5.0, datetime(1970, 1, 1, tzinfo=UTC), 0, 2000, ["order"], ["sequence"], "latest"),
+    "note_marks": ("c", SHOPS, ORDERS, IDS, ONES, 5.0, False),
     "walk_gaps": ("c", "", "", "", 1000),
-    "gap_states": ("c", SHOPS, ORDERS, IDS, 2000),
+    "gap_states": ("c", SHOPS, ORDERS, IDS),
     "close_gaps": ("c", SHOPS, ORDERS, IDS, ONES),
     "make_gaps_due": ("c", SHOPS, ORDERS, IDS),
     "claim_gaps": ("c", 500, 30.0),
-    "gap_numbers": ("c", SHOPS, ORDERS, IDS, ONES, 2000, 50),
+    "gap_numbers": ("c", SHOPS, ORDERS, IDS, [9] * 200, ONES, 50),
     "stick_gaps": ("c", SHOPS, ORDERS, IDS, ONES, IDS),
+    "drop_announced": ("c", SHOPS, ORDERS, IDS, ONES),
     "asked_numbers": ("c", 5000),
     "next_gap": ("c",),
 }

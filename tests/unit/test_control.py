@@ -89,7 +89,7 @@ def test_a_request_arrives_as_it_was_sent(asked: list[Range], consumer: str, que
     assert to_repair_request(delivered(repair_message(request, source="shop", at=NOW))) == request
 
 
-@given(st.lists(ranges, min_size=1, max_size=5), st.sampled_from(["not_retained", "unknown"]))
+@given(st.lists(ranges, min_size=1, max_size=5), st.sampled_from(["not_retained", "unknown", "beyond"]))
 def test_an_answer_arrives_as_it_was_sent(asked: list[Range], reason: Any) -> None:
     gone = Gone(source="shop", reason=reason, ranges=tuple(asked))
     assert to_control(delivered(gone_message(gone, reply_to="q", at=NOW))) == gone

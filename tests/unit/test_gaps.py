@@ -19,17 +19,17 @@ GAP = Gap(
     asked_from=None,
     asked_to=None,
     last_seq=4,
-    run=0,
+    held_to=4,
     top_is_held=False,
 )
 
 
 @pytest.mark.parametrize(
-    ("last_seq", "run", "first"),
-    [(4, 0, 5), (4, 3, 8), (10, 0, 11), (12, 0, 13), (4, 6, 11), (4, 9, 11)],
+    ("last_seq", "held_to", "first"),
+    [(4, 4, 5), (4, 7, 8), (10, 10, 11), (12, 10, 13), (4, 10, 11), (4, 13, 11)],
 )
-def test_the_first_missing_number_follows_what_is_applied_and_what_is_held(last_seq: int, run: int, first: int) -> None:
-    gap = replace(GAP, last_seq=last_seq, run=run)
+def test_the_first_missing_number_follows_what_is_applied_and_what_is_held(last_seq: int, held_to: int, first: int) -> None:
+    gap = replace(GAP, last_seq=last_seq, held_to=held_to)
     assert gap.first_missing == first
     assert (gap.need is Need.CLOSE) == (first > 10)
 
