@@ -16,7 +16,7 @@ from relay.message import Event
 from relay.postgres.connect import Connection
 from relay.sandbox import Postgres
 from tests.harness.logins import Logins
-from tests.harness.outbox import connected
+from tests.harness.outbox import connected, until
 
 TAKE = "SELECT * FROM relay.inbox_take($1, $2)"
 FAIL = "SELECT relay.inbox_fail($1, $2, make_interval(secs => $3))"
@@ -207,6 +207,36 @@ class TestAFailure:
             assert await db.fetchval("SELECT attempts FROM relay.inbox") == 2
             assert await take(db) == [("a", 1)]
 
+    @pytest.mark.parametrize("n", [1, 3, 1000])
+    async def test_of_many_at_once_is_over_for_all_of_them(self, database: str, n: int) -> None:
+        async with connected(database) as db, connected(database) as other:
+            await store(db, *((str(a), seq) for seq in (1, 2) for a in range(30)), (None, None))
+            await db.execute(
+                "UPDATE relay.inbox SET attempts = 1, next_take_at = now() WHERE leads"
+            )  # one moment for all
+            await store(db, ("fresh", 1))
+            async with other.transaction():
+                assert len(await take(other, 2)) == 2  # somebody else's are passed over
+                found: list[tuple[str | None, int | None]] = []
+                while part := await take(db, n, None):
+                    assert len(part) <= n
+                    found += part
+            while part := await take(db, n):
+                found += part
+            assert len(found) == 60
+            for a in range(30):
+                assert [seq for name, seq in found if name == str(a)] in ([1, 2], [2], [])
+            assert await db.fetchval("SELECT count(*) FROM relay.inbox") == 0
+
+    async def test_does_not_hold_what_precedes_it_though_it_led_before(self, database: str) -> None:
+        """By policy none a lower number may be stored later."""
+        async with connected(database) as db:
+            await store(db, ("a", 5))
+            await store(db, ("a", 3))
+            await db.execute("UPDATE relay.inbox SET leads = seq = 5")  # as another hand may leave it
+            await db.execute("SELECT relay.inbox_fail(id, 'e', NULL) FROM relay.inbox WHERE seq = 5")
+            assert await take(db) == [("a", 3)]
+
     async def test_without_a_time_waits_for_an_operator(self, database: str) -> None:
         async with connected(database) as db:
             await store(db, (None, None))
@@ -323,6 +353,17 @@ class TestWithoutACliff:
             assert await self._ms(db, 100, 100) < 50
             assert await self._ms(db, 1000, 1000) < 300
 
+    async def test_behind_30_000_that_wait_for_an_operator(self, database: str) -> None:
+        async with connected(database) as db:
+            await db.execute(
+                "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body,"
+                " attempts, next_take_at) SELECT 'c', 'shop', 'order', i, 1, 'T', i, '', '{}', '{}', 1,"
+                " CASE i % 2 WHEN 0 THEN 'infinity' ELSE now() + '1 h' END FROM generate_series(1, 30000) AS i"
+            )
+            assert await self._ms(db, 100, 0) < 50
+            await store(db, ("new", 1))
+            assert await self._ms(db, 100, 1) < 50
+
     async def test_when_nobody_has_told_who_leads(self, database: str) -> None:
         """Rows from another hand all lead: more is looked at, nothing is taken out of order."""
         async with connected(database) as db, connected(database) as other:
@@ -341,6 +382,46 @@ class TestWhoeverDeletes:
             await store(db, ("a", 1), ("a", 2), ("a", 3), ("b", 1))
             await db.execute("DELETE FROM relay.inbox WHERE aggregate_id = 'a' AND seq = 1")
             assert await take(db) == [("a", 2), ("a", 3), ("b", 1)]
+
+    @pytest.mark.parametrize("all_lead", [False, True])
+    @pytest.mark.parametrize("taker_is_first", [False, True])
+    async def test_without_the_lock_on_the_first_row_strands_nothing(
+        self, database: str, *, all_lead: bool, taker_is_first: bool
+    ) -> None:
+        async with connected(database) as db, connected(database) as taker, connected(database) as hand:
+            await store(db, ("a", 1), ("a", 2), ("a", 3))
+            await db.execute("UPDATE relay.inbox SET leads = true WHERE seq = 1 OR seq = 2 AND $1", all_lead)
+            one, other = taker.transaction(), hand.transaction()
+
+            async def taking() -> None:
+                await one.start()
+                await take(taker, 1)
+
+            async def deleting() -> None:
+                await other.start()
+                await hand.execute("DELETE FROM relay.inbox WHERE seq = 2")
+
+            if taker_is_first:
+                await taking()
+                second, first = asyncio.create_task(deleting()), one
+            else:
+                await deleting()
+                second, first = asyncio.create_task(taking()), other
+            await until_done_or_waiting(db, second)
+            await first.commit()
+            await second
+            await (other if taker_is_first else one).commit()
+            assert (await take(db))[-1:] == [("a", 3)]
+            assert await db.fetchval("SELECT count(*) FROM relay.inbox") == 0
+
+
+async def until_done_or_waiting(db: Connection, task: asyncio.Task[None]) -> None:
+    async def is_so() -> bool:
+        return task.done() or await db.fetchval(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+        )
+
+    await until(is_so)
 
 
 class TestATaker:
