@@ -51,7 +51,7 @@ GRANT INSERT ON relay.inbox_quarantine TO relay_consumer;
 GRANT SELECT, INSERT, UPDATE, DELETE ON relay.inbox_gap TO relay_consumer;
 GRANT SELECT, INSERT, UPDATE ON relay.inbox_progress TO relay_consumer;
 GRANT SELECT ON relay.inbox_seed TO relay_consumer;
-GRANT INSERT, SELECT (id, consumer, source, aggregate_type, aggregate_id, seq), UPDATE (leads) ON relay.inbox TO relay_consumer;
+GRANT INSERT, SELECT (id, consumer, source, aggregate_type, aggregate_id, seq, leads), UPDATE (leads) ON relay.inbox TO relay_consumer;
 GRANT EXECUTE ON FUNCTION relay.json_of(bytea) TO relay_consumer;  -- SQL functions get the body as jsonb as well
 
 -- The service behind an inbox in store mode: it takes what the sidecar has stored, and can give it back.
@@ -60,12 +60,14 @@ GRANT EXECUTE ON FUNCTION relay.inbox_take(integer, text), relay.inbox_fail(bigi
 
 -- Operators see everything and may do the acts of `relay`; every one of them is recorded, and no record can be changed.
 GRANT SELECT ON ALL TABLES IN SCHEMA relay TO relay_operator;
-GRANT INSERT ON relay.audit, relay.audit_aggregate TO relay_operator;
+GRANT INSERT (who, side, act, selection, why, rows) ON relay.audit TO relay_operator;  -- never login or at: those are not for the asking
+GRANT INSERT ON relay.audit_aggregate TO relay_operator;
 GRANT UPDATE (rate) ON relay.outbox_cursor TO relay_operator;  -- for the row's lock: an act and a checkpoint exclude each other
 GRANT INSERT, UPDATE (state, next_attempt_at, attempts), DELETE ON relay.outbox_parked TO relay_operator;
 GRANT INSERT, DELETE ON relay.outbox_pause TO relay_operator;
 GRANT INSERT ON relay.outbox_tombstone TO relay_operator;
-GRANT INSERT, UPDATE ON relay.outbox_replay TO relay_operator;
+GRANT INSERT (audit_id, selection, to_queue, after_id, last_id, total), UPDATE (after_id, sent, state, updated_at)
+  ON relay.outbox_replay TO relay_operator;
 GRANT INSERT, UPDATE (last_seq, last_digest, blocked) ON relay.inbox_aggregate TO relay_operator;
 GRANT INSERT, UPDATE ON relay.inbox_seed TO relay_operator;
 GRANT UPDATE (event_type, content_type, headers, body, digest, reason, state, attempts, error, next_attempt_at), DELETE

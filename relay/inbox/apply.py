@@ -11,7 +11,7 @@ from dataclasses import replace
 import structlog
 
 from relay.errors import PostgresError, PostgresUnavailable
-from relay.inbox import store
+from relay.inbox import store, stored
 from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
 from relay.inbox.failures import Collision, CommitFailed, HandlerFailed, loggable
@@ -49,6 +49,7 @@ class Applier:
         self._rules = rules
         self._suspects = Suspects() if suspects is None else suspects
         self._swept: Key | None = None
+        self._swept_stored: stored.Place | None = None
         self.done = Stats()  # what the last `apply` has committed, also when it raised
         self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
 
@@ -113,7 +114,23 @@ class Applier:
             )
         if released:
             log.warning("waiting_released", consumer=self._rules.consumer, events=released)
+        if self._rules.settings.mode == "store":
+            await self._sweep_stored()
         return released
+
+    async def _sweep_stored(self) -> None:
+        """Let stored rows be seen by takers that are first of their aggregates and do not lead; as bounded."""
+        with postgres_errors():
+            mended, self._swept_stored = await stored.let_first_lead(
+                await self._database.connection(),
+                self._rules.consumer,
+                after=self._swept_stored,
+                aggregates=_SWEEP_AGGREGATES,
+            )
+        if mended:
+            log.warning(
+                "stranded_released", consumer=self._rules.consumer, aggregates=len(mended), sample=sorted(mended)[:10]
+            )
 
     async def next_due_s(self) -> float | None:
         """Seconds until the next held message is due; None if there is none."""
@@ -188,7 +205,9 @@ class Applier:
                 await asyncio.sleep(random.uniform(0, 0.01 * (redo + 1)))  # noqa: S311 - no secret
             else:
                 return
-        if last is not None and last.arrival is not None:  # enough of it: the last one to collide is held, or done alone
+        if (
+            last is not None and last.arrival is not None
+        ):  # enough of it: the last one to collide is held, or done alone
             raise HandlerFailed(last.arrival, last.error, ends_transaction=careful)
         raise PostgresUnavailable(f"a batch was redone {_REDOS} times because of deadlocks or serialization failures")
 
@@ -199,9 +218,7 @@ class Applier:
         work: Work | None = None
         try:
             async with self._database.transaction() as connection:
-                work = Work(
-                    connection, self._rules, careful=careful, charges=charges, follow=follow, given_up=given_up
-                )
+                work = Work(connection, self._rules, careful=careful, charges=charges, follow=follow, given_up=given_up)
                 stats = await work.run(batch)
         except PostgresError:
             if work is not None and work.called is not None and connection is not None and connection.is_closed():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from relay.inbox import storable
 from relay.inbox.sequencer import Key, key_of
-from relay.inbox.store import PORTION_BYTES
+from relay.inbox.store import LOCK_TIMEOUT_S, PORTION_BYTES
 from relay.message import Event
 from relay.postgres.connect import Connection
 from relay.postgres.queries import query
@@ -26,7 +26,7 @@ class Stored:
         self._consumer = consumer
         self._waiting: list[Event] = []
         self._bytes = 0
-        self._aggregates: set[Key] = set()  # that this transaction has stored something of
+        self._lowest: dict[Key, int] = {}  # number of each aggregate that this transaction has stored something of
         self._any = False
 
     async def add(self, event: Event) -> None:
@@ -66,14 +66,33 @@ class Stored:
 
     def _is_first(self, event: Event) -> bool:
         key = key_of(event)
-        if key is None:
+        if key is None or event.seq is None:
             return True
-        if key in self._aggregates:
+        if key in self._lowest and self._lowest[key] < event.seq:
             return False
-        self._aggregates.add(key)
+        self._lowest[key] = event.seq  # by policy none a lower number may come later
         return True
+
+
+Place = tuple[str, str, str, str]
+"""Aggregate id, aggregate type, source, consumer: how the table's index is ordered."""
+
+
+async def let_first_lead(
+    connection: Connection, consumer: str, *, after: Place | None, aggregates: int
+) -> tuple[list[str], Place | None]:
+    """Mend aggregates that no taker would look at, walking through so many. Returns their names, and where to go on."""
+    rows = await connection.fetch(
+        query("let_first_lead"), consumer, *(after or ("", "", "", "")), aggregates, timeout=LOCK_TIMEOUT_S
+    )
+    mended = [f"{r['aggregate_type']}/{r['aggregate_id']}" for r in rows if r["id"] is not None]
+    if mended:
+        await connection.execute(query("notify_stored"), consumer)
+    ends = [(r["aggregate_id"], r["aggregate_type"], r["source"], r["consumer"]) for r in rows if r["id"] is None]
+    return mended, ends[0] if ends else None
 
 
 async def probe(connection: Connection, consumer: str) -> None:
     """Raise what storing would raise (privileges, read-only server): nothing is stored."""
     await connection.execute(query("store_events"), consumer, *([] for _ in range(11)))
+    await let_first_lead(connection, consumer, after=None, aggregates=0)

@@ -16,6 +16,7 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "held_successors": ("c", "s", "t", IDS, [1] * 200, 64, 1_000_000),
     "make_successors_due": ("c", "s", "t", IDS, [1] * 200),
     "release_waiting": ("c", "", "", "", 2000),
+    "let_first_lead": ("c", "", "", "", "", 2000),
     "held_by_id": ("c", [1] * 200),
     "delete_held_through": ("c", "s", "t", IDS, [1] * 200, IDS, [1] * 200, [b""] * 200, "relay.tombstone"),
     "due_held": ("c", 100, 1_000_000),
@@ -36,10 +37,16 @@ async def test_no_statement_of_a_batch_scans_a_table(name: str, rows: int, datab
             "INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, "
             f"body, digest, reason, state) SELECT 'c', 's', 't', i, 3, i, 'T', '', '', '', 'early', 'waiting' FROM generate_series(1, {rows}) i"
         )
+        await connection.execute(
+            "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers, "
+            f"body) SELECT 'c', 's', 't', i, 3, i, 'T', '', '{{}}', '' FROM generate_series(1, {rows}) i"
+        )
         plan = "\n".join(r[0] for r in await connection.fetch("EXPLAIN " + query(name), *STATEMENTS[name]))
         assert "Seq Scan" not in plan, plan
         if name in ("held_successors", "make_successors_due", "release_waiting", "delete_held_through"):
             assert "inbox_held_by_aggregate" in plan, plan
+        if name == "let_first_lead":
+            assert "inbox_by_aggregate" in plan, plan
         if name in ("lock_cursors", "release_waiting"):
             assert "inbox_aggregate_pkey" in plan, plan
     finally:

@@ -10,8 +10,9 @@ import pytest
 
 from relay.errors import ConfigError, PrivilegeError
 from relay.inbox import Inbox
-from relay.inbox.stored import Stored
+from relay.inbox.stored import Stored, let_first_lead
 from relay.message import Event, content_digest
+from relay.postgres.connect import Connection
 from relay.sandbox import Postgres
 from relay.settings import InboxSettings, Settings
 from tests.harness.logins import Logins
@@ -118,6 +119,19 @@ class TestLeading:
             assert (await leaders(on))[0] == ("1", 2)
             assert [r["seq"] for r in await taker.fetch("SELECT * FROM relay.inbox_take()")] == [2, 3]
 
+    async def test_a_lower_number_that_comes_later_leads_as_well(self, database: str) -> None:
+        """By policy none; so the first row of an aggregate always leads."""
+        async with connected(database) as db:
+            for batch in ((5, 4), (3,), (6, 2)):
+                async with db.transaction():
+                    shelf = Stored(db, "c")
+                    for seq in batch:
+                        await shelf.add(_event(seq))
+                    await shelf.write()
+                assert await db.fetchval("SELECT leads FROM relay.inbox ORDER BY seq LIMIT 1")
+            assert await db.fetchval("SELECT array_agg(seq ORDER BY seq) FROM relay.inbox WHERE leads") == [2, 3, 4, 5]
+            assert [r["seq"] for r in await db.fetch("SELECT seq FROM relay.inbox_take(10)")] == [2, 3, 4, 5, 6]
+
     async def test_large_bodies_are_written_in_portions_that_are_still_one_line(self, database: str) -> None:
         async with connected(database) as db:
             async with db.transaction():
@@ -129,6 +143,41 @@ class TestLeading:
             assert [tuple(r.values()) for r in rows] == [(1, True), (2, False), (3, False)]
             taken = await db.fetch("SELECT seq FROM relay.inbox_take(10)")
             assert [r["seq"] for r in taken] == [1, 2, 3]
+
+
+class TestTheSweep:
+    async def test_lets_first_rows_lead_that_do_not_and_wakes_takers(self, database: str, broker: str) -> None:
+        async with world(database, broker, mode="store") as on, connected(database) as taker:
+            for consumer, name in (("shop", "1"), ("shop", "2"), ("other", "1")):
+                await _strand(on.db, consumer, name)
+            woken = asyncio.Event()
+            await taker.add_listener("relay_inbox", lambda *_: woken.set())
+            async with on.running(ANYBODY), asyncio.timeout(DEADLINE_S):
+                await woken.wait()
+            assert await leaders(on) == [("1", 2), ("2", 2)]
+            rows = await taker.fetch("SELECT consumer, aggregate_id, seq FROM relay.inbox_take(10)")
+            assert [tuple(r) for r in rows] == [("shop", a, seq) for a in "12" for seq in (2, 3)]
+
+    async def test_walks_on_from_where_it_ended_and_leaves_alone_what_is_locked(self, database: str) -> None:
+        async with connected(database) as db, connected(database) as other:
+            for name in "abcd":
+                await _strand(db, "c", name)
+            async with other.transaction():
+                await other.execute("SELECT FROM relay.inbox WHERE aggregate_id = 'b' FOR UPDATE")
+                mended, end = await let_first_lead(db, "c", after=None, aggregates=3)
+                assert (sorted(mended), end) == (["order/a", "order/c"], ("c", "order", "shop", "c"))
+            assert await let_first_lead(db, "c", after=end, aggregates=3) == (["order/d"], None)
+            assert await let_first_lead(db, "c", after=None, aggregates=9) == (["order/b"], None)
+            assert await let_first_lead(db, "c", after=None, aggregates=9) == ([], None)
+
+
+async def _strand(db: Connection, consumer: str, name: str) -> None:
+    await db.execute(
+        "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body, leads)"
+        " SELECT $1, 'shop', 'order', $2, n, 'T', n::text, '', '{}', '{}', false FROM generate_series(2, 3) AS n",
+        consumer,
+        name,
+    )
 
 
 async def test_takers_are_woken_once_a_batch_and_only_by_a_batch_that_stored_something(
@@ -253,7 +302,7 @@ async def test_an_operator_is_heard_at_once(database: str, broker: str) -> None:
             await on.until(lambda total: total.applied == 1)
 
 
-def _event(seq: int, body: bytes) -> Event:
+def _event(seq: int, body: bytes = b"{}") -> Event:
     return Event(
         source="s",
         aggregate_type="order",
