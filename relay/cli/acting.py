@@ -89,11 +89,12 @@ def carry_out(
     operator = way.operator
     with session(settings.postgres, application=f"relay {act.name}") as (run, connection):
         plan = run(act.plan(connection))
+        words = _Words(plan.unit or unit, what)
         if way.dry_run or not plan.rows:
-            _tell(act, way, plan, None, _Words(unit, what))
+            _tell(act, way, plan, None, words)
             return
-        ask(way, lambda: _show(act, plan, _Words(unit, what)), consequence)
-        _tell(act, way, plan, run(perform(connection, act, plan, operator)), _Words(unit, what))
+        ask(way, lambda: _show(act, plan, words), consequence)
+        _tell(act, way, plan, run(perform(connection, act, plan, operator)), words)
 
 
 def ask(way: Way, show: Callable[[], None], consequence: str) -> None:

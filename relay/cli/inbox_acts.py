@@ -22,7 +22,7 @@ from relay.operate.selection import Selection
 @selecting("inbox", act=True)
 @acting
 def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Try messages again now whose handler failed; what waits behind them follows, in order.
+    """Try messages again now whose handler failed; what waits behind them follows, in order. Ask for gaps again that are stuck.
 
     In store mode: let messages be taken again now that their taker gave back. Attempts are kept: what is stuck and fails
     once more is stuck again.
@@ -43,7 +43,7 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
 @selecting("inbox", act=True)
 @click.option(
     "--through",
-    type=click.IntRange(1, 2**63 - 1),
+    type=click.IntRange(1, 2**63 - 2),  # what follows must have a number, too
     metavar="N",
     help="One aggregate: go on after this number, whatever is missing.",
 )
@@ -77,6 +77,7 @@ def skip(
 @acting
 def purge(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
     """Give up every held message of the selection: what failed, and all that waits behind it or behind a gap.
+    In store mode: what a taker gave back, and all that is stored behind it.
 
     Their content goes to relay.inbox_quarantine, and the cursors pass over them. A number that is missing is still waited
     for. --cause, --state, --error and --older-than describe the first message that is held of an aggregate.
@@ -97,7 +98,7 @@ _RESETTABLE = ("event_type", "cause", "state", "error", "older_than", "since", "
 @selecting("inbox", act=True, without=_RESETTABLE)
 @click.option(
     "--to",
-    type=click.IntRange(0, 2**63 - 1),
+    type=click.IntRange(0, 2**63 - 2),
     default=0,
     show_default=True,
     metavar="N",
@@ -107,8 +108,8 @@ _RESETTABLE = ("event_type", "cause", "state", "error", "older_than", "since", "
 def reset(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, to: int, way: Way) -> None:
     """Move cursors back, so that events are applied again: for a rebuild of what your service keeps.
 
-    Cursors move back only. What is held stays and waits for its turn again. With --all (of one consumer) events without an
-    aggregate are forgotten, too.
+    Cursors move back only. What is held stays and waits for its turn again. With --all (of one consumer) events that
+    come without order (no aggregate, or policy none) are forgotten, too.
 
     \b
     1. stop the inbox daemon                    3. relay inbox reset --all --consumer billing

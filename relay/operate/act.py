@@ -48,8 +48,10 @@ class Plan:
     aggregate_count: int | None = None  # where `aggregates` are a sample
     ids: Sequence[int] = ()  # of the rows
     stored_ids: Sequence[int] = ()  # store mode: of rows in relay.inbox
+    gaps: Sequence[tuple[str, str, str]] = ()  # source, aggregate type, aggregate id of gaps to be asked for again
     consumer: str | None = None  # inbox: whose
     notes: Sequence[str] = ()  # what is left alone, and why; what to know before saying yes
+    unit: str | None = None  # what the rows are, where it is not what the act speaks of otherwise
 
     @property
     def touched(self) -> int:

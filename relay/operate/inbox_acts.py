@@ -6,15 +6,17 @@ to relay.inbox_quarantine. In store mode the same is done to what a taker gave b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import asyncpg
 
-from relay.errors import ConfigError
+from relay.errors import ConfigError, PostgresUnavailable
 from relay.message import TOMBSTONE, TOMBSTONE_CONTENT_TYPE, content_digest
 from relay.operate.act import (
+    LOCK_WAIT_S,
     Act,
     Done,
     Plan,
@@ -44,20 +46,27 @@ class InboxAct(Act):
 
 
 class Retry(InboxAct):
-    """What failed is tried again now. Attempts are kept: one that fails once more is stuck again."""
+    """What failed is tried again now, and what is missing and stuck is asked for again.
+
+    Attempts are kept: one that fails once more is stuck again.
+    """
 
     name = "retry"
 
     async def plan(self, connection: Connection) -> Plan:
-        """Messages whose handler failed; in store mode those that their taker gave back."""
-        return await _plan_failed(connection, self)
+        """Messages whose handler failed; in store mode those that their taker gave back; and gaps that are stuck."""
+        consumer = await self.choose_consumer(connection)
+        return await _plan_failed(connection, self, gaps=await _stuck_gaps(connection, self.selection, consumer))
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Due now."""
         await connection.execute(query("lock_cursors_of_held"), plan.consumer, plan.ids)
         held = await connection.fetch(query("retry_held"), plan.consumer, plan.ids)
         stored = await connection.fetch(query("retry_given_back"), plan.consumer, plan.stored_ids)
-        return await _finish(connection, self, plan, operator, [*held, *stored], "the inbox tries them now")
+        keys = list(zip(*plan.gaps, strict=True)) or [(), (), ()]
+        gaps = await connection.fetch(query("reopen_gaps"), plan.consumer, *keys)
+        next_ = "the inbox asks for them now" if gaps and not held and not stored else "the inbox tries them now"
+        return await _finish(connection, self, plan, operator, [*held, *stored, *gaps], next_)
 
 
 class Skip(InboxAct):
@@ -84,7 +93,7 @@ class Purge(InboxAct):
         """Whole lines: the first held messages that the filters describe, and all that waits behind them."""
         consumer = await self.choose_consumer(connection)
         held = _alive(await _held(connection, self.selection, consumer, lines=True))
-        stored = await _given_back(connection, self.selection, consumer)
+        stored = await _given_back(connection, self.selection, consumer, lines=True)
         _refuse_mixed(self.selection, held, stored)
         if not held and not stored:
             raise nothing(self.selection, f"nothing that consumer {consumer} holds is selected")
@@ -159,20 +168,45 @@ _GOES_ON = (
 )
 
 
-async def _plan_failed(connection: Connection, act: InboxAct, *, alive: bool = False) -> Plan:
+async def _plan_failed(
+    connection: Connection, act: InboxAct, *, alive: bool = False, gaps: Sequence[asyncpg.Record] = ()
+) -> Plan:
     consumer = await act.choose_consumer(connection)
     selection = act.selection
     held = await _held(connection, selection, consumer, lines=False)
     held = _alive(held) if alive else held
-    stored = await _given_back(connection, selection, consumer)
+    stored = await _given_back(connection, selection, consumer, lines=False)
     _refuse_mixed(selection, held, stored)
-    if not held and not stored:
+    if not held and not stored and not gaps:
         raise nothing(
             selection,
             f"nothing that failed at consumer {consumer} is selected",
             "What waits for a missing number has not failed: see `relay inbox gaps`.",
         )
-    return _plan(held, stored, consumer)
+    plan = _plan(held, stored, consumer)
+    if not gaps:
+        return plan
+    note = f"{counted(len(gaps), 'gap')} among them: its source is asked for what is missing again"
+    return replace(
+        plan,
+        rows=plan.rows + len(gaps),
+        aggregates=aggregates_of([*held, *stored, *gaps]),
+        gaps=[(r["source"], r["aggregate_type"], r["aggregate_id"]) for r in gaps],
+        notes=[note] if plan.rows else plan.notes,
+        unit=None if plan.rows else "gap",
+    )
+
+
+async def _stuck_gaps(connection: Connection, selection: Selection, consumer: str) -> list[asyncpg.Record]:
+    """Gaps that nobody asks for any more; none where a filter speaks of messages."""
+    of_messages = (selection.event_type, selection.since, selection.until, selection.from_seq, selection.to_seq)
+    if any(value is not None for value in (*of_messages, selection.ids)):
+        return []
+    if selection.cause not in (None, "gap") or selection.state not in (None, "stuck"):
+        return []
+    filters = [*place_filters(selection), selection.source, error_pattern(selection), selection.older_than_s]
+    with postgres_errors():
+        return await connection.fetch(query("select_stuck_gaps"), *filters, consumer)
 
 
 def _alive(held: Sequence[asyncpg.Record]) -> list[asyncpg.Record]:
@@ -222,9 +256,11 @@ async def _held(connection: Connection, selection: Selection, consumer: str, *, 
         return await connection.fetch(query("select_held"), *_filters(selection, consumer), lines)
 
 
-async def _given_back(connection: Connection, selection: Selection, consumer: str) -> list[asyncpg.Record]:
+async def _given_back(
+    connection: Connection, selection: Selection, consumer: str, *, lines: bool
+) -> list[asyncpg.Record]:
     with postgres_errors():
-        return await connection.fetch(query("select_given_back"), *_filters(selection, consumer))
+        return await connection.fetch(query("select_given_back"), *_filters(selection, consumer), lines)
 
 
 async def _bury(
@@ -237,15 +273,28 @@ async def _bury(
         query("bury_held"), plan.consumer, plan.ids, lines, reason, detail, TOMBSTONE, TOMBSTONE_CONTENT_TYPE, digest
     )
     await lock_first_stored(connection, plan.consumer, plan.stored_ids)
-    stored = await connection.fetch(query("set_given_back_aside"), plan.consumer, plan.stored_ids, reason, detail)
+    stored = await connection.fetch(
+        query("set_given_back_aside"), plan.consumer, plan.stored_ids, reason, detail, lines
+    )
     return [*held, *stored]
 
 
 async def lock_first_stored(connection: Connection, consumer: str | None, ids: Sequence[int]) -> None:
-    """Keep takers from the aggregates of these stored messages; waits for those that are at work."""
-    before, locked = None, [] if not ids else await connection.fetch(query("lock_first_stored"), consumer, ids)
-    while locked and locked != before:
-        before, locked = locked, await connection.fetch(query("lock_first_stored"), consumer, ids)
+    """Keep takers from the aggregates of these stored messages; waits for those that are at work.
+
+    What a taker that we waited for has taken is gone, and its successor, which is the first now, can be another taker's by the time
+    we know: so the first rows are looked at again until every one of them is ours. Raises PostgresUnavailable when that takes too long.
+    """
+    locked: set[int] = set()
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while ids:
+        locked |= {r["id"] for r in await connection.fetch(query("lock_first_stored"), consumer, ids)}
+        if {r["id"] for r in await connection.fetch(query("first_stored"), consumer, ids)} <= locked:
+            break
+        if time.monotonic() > deadline:
+            raise PostgresUnavailable(
+                f"takers have been at work on these stored messages for more than {LOCK_WAIT_S:g} s: nothing was changed. Try again."
+            )
 
 
 def set_aside_by(operator: Operator, reason: str) -> str:

@@ -16,6 +16,11 @@ from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
 
+_STOP_FIRST = "stop `relay inbox run` and clear your own tables first: what comes again is applied again"
+
+_HIGHEST = 2**63 - 1
+"""Of PostgreSQL's bigint. A cursor stays below it: what follows it must have a number, too."""
+
 
 class SkipThrough(InboxAct):
     """One aggregate's cursor moves over numbers that will not come; what follows them is applied."""
@@ -30,6 +35,8 @@ class SkipThrough(InboxAct):
             raise ConfigError(
                 "--through moves the cursor of one aggregate, without other filters: `relay inbox skip order/42 --through 7`"
             )
+        if not 1 <= through < _HIGHEST:
+            raise ConfigError(f"--through {through}: a number from 1 to {_HIGHEST - 1} is meant")
         self._type, self._id = exact
         self._name = aggregate_text(*exact)
         self._through = through
@@ -114,6 +121,8 @@ class Reset(InboxAct):
     def __init__(self, selection: Selection, to: int = 0) -> None:
         """Raises ConfigError for filters that a cursor does not have."""
         super().__init__(selection)
+        if not 0 <= to < _HIGHEST:
+            raise ConfigError(f"--to {to}: a number from 0 to {_HIGHEST - 1} is meant")
         self._to = to
 
     def also_asked(self) -> dict[str, object]:
@@ -126,12 +135,12 @@ class Reset(InboxAct):
         with postgres_errors():
             found = await connection.fetchrow(query("count_cursors"), *self._filters(consumer), SAMPLE)
         if found is None or not found["cursors"]:
-            beyond = f" beyond {self._to}" if self._to else ""
-            raise nothing(self.selection, f"no cursor of consumer {consumer}{beyond} is selected")
-        notes = ["stop `relay inbox run` and clear your own tables first: what comes again is applied again"]
+            return await self._plan_unordered(connection, consumer)
+        notes = [_STOP_FIRST]
         if self._forgets_unordered:
             notes.append(
-                "events without an aggregate are forgotten as well: they are applied again when they come again"
+                "events that come without order (no aggregate, or policy none) are forgotten as well: they are applied again when they"
+                " come again"
             )
         return Plan(
             rows=found["cursors"],
@@ -141,17 +150,27 @@ class Reset(InboxAct):
             notes=notes,
         )
 
+    async def _plan_unordered(self, connection: Connection, consumer: str) -> Plan:
+        """A consumer that has only ever had events without order has no cursor: it is the events that are forgotten."""
+        forgotten = 0
+        if self._forgets_unordered:
+            with postgres_errors():
+                forgotten = await connection.fetchval(query("count_seen"), consumer, self.selection.source)
+        if not forgotten:
+            beyond = f" beyond {self._to}" if self._to else ""
+            raise nothing(self.selection, f"no cursor of consumer {consumer}{beyond} is selected")
+        return Plan(rows=forgotten, consumer=consumer, unit="event without order", notes=[_STOP_FIRST])
+
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """All at once: a rebuild must not begin from two states."""
         rows = await connection.fetch(query("reset_cursors"), *self._filters(plan.consumer))
-        if not rows:
-            raise nothing(self.selection, "all of it was reset meanwhile")
-        untaken = await self._drop_stored(connection, plan.consumer)
+        untaken, forgotten = await self._drop_stored(connection, plan.consumer), 0
         if self._forgets_unordered:
-            await connection.execute(query("forget_seen"), plan.consumer, self.selection.source)
-            await connection.execute(query("forget_stored_unordered"), plan.consumer, self.selection.source)
+            forgotten = await connection.fetchval(query("forget_seen"), plan.consumer, self.selection.source)
+        if not rows and not forgotten:
+            raise nothing(self.selection, "all of it was reset meanwhile")
         aggregates = aggregates_of(rows)
-        audit_id = await self.record(connection, operator, len(rows), aggregates)
+        audit_id = await self.record(connection, operator, len(rows) or forgotten, aggregates)
         await connection.execute(query("notify_inbox"), plan.consumer)
         notes = []
         if untaken:
@@ -161,11 +180,14 @@ class Reset(InboxAct):
         notes.append(
             f"next: `relay replay {self._replayed} --to-queue {plan.consumer}` at the producer sends the events again"
         )
-        return Done(rows=len(rows), aggregates=len(aggregates), audit_id=audit_id, notes=notes)
+        return Done(rows=len(rows) or forgotten, aggregates=len(aggregates), audit_id=audit_id, notes=notes)
 
     async def _drop_stored(self, connection: Connection, consumer: str | None) -> int:
         """Store mode: what nobody has taken yet would be there twice."""
-        ids = [r["id"] for r in await connection.fetch(query("select_stored_again"), consumer)]
+        again = await connection.fetch(query("select_stored_again"), *self._filters(consumer)[:-1])
+        if self._forgets_unordered:
+            again += await connection.fetch(query("select_stored_unordered"), consumer, self.selection.source)
+        ids = [r["id"] for r in again]
         await lock_first_stored(connection, consumer, ids)
         return len(await connection.fetch(query("drop_stored"), consumer, ids)) if ids else 0
 

@@ -16,6 +16,7 @@ from relay.errors import ConfigError, PostgresUnavailable
 from relay.message import TOMBSTONE
 from relay.operate.audit import Operator, record
 from relay.operate.counters import Counter, Portions
+from relay.operate.inbox_acts import lock_first_stored
 from relay.operate.selection import Selection
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -139,6 +140,7 @@ async def _portion(
         set_aside = await connection.fetchval(
             query("seed_held"), consumer, done.source, *_columns(moved), TOMBSTONE, timeout=_TIMEOUT_S
         )
+        await _drop_stored(connection, consumer, done.source, moved)
     return replace(
         done,
         aggregates=done.aggregates + len(counters),
@@ -146,6 +148,14 @@ async def _portion(
         moved=done.moved + len(moved),
         set_aside=done.set_aside + set_aside,
     )
+
+
+async def _drop_stored(connection: Connection, consumer: str, source: str, moved: Sequence[Counter]) -> None:
+    """Under the lock that keeps takers away, like every deletion of stored messages."""
+    rows = await connection.fetch(query("seed_stored"), consumer, source, *_columns(moved), timeout=_TIMEOUT_S)
+    if ids := [r["id"] for r in rows]:
+        await lock_first_stored(connection, consumer, ids)
+        await connection.execute(query("drop_stored"), consumer, ids, timeout=_TIMEOUT_S)
 
 
 @contextmanager

@@ -181,20 +181,36 @@ WHERE ($6::text IS NULL OR (c.cause).reason = $6 OR ($6 = 'gap' AND (c.cause).re
 ORDER BY c.id
 
 -- name: select_given_back
--- Store mode: the stored messages that their taker gave back.
--- Filters as for `select_held`, without the last
-SELECT id, aggregate_type, aggregate_id FROM relay.inbox
-WHERE consumer = $17 AND attempts > 0 AND ($6::text IS NULL OR $6 = 'taken')
-  AND ($1::text IS NULL OR aggregate_type = $1) AND ($2::text IS NULL OR aggregate_id = $2)
-  AND ($3::text IS NULL OR aggregate_type LIKE $3) AND ($4::text IS NULL OR aggregate_id LIKE $4)
-  AND ($5::text IS NULL OR aggregate_type = $5) AND ($16::text IS NULL OR source = $16)
-  AND ($7::text IS NULL OR $7 = CASE WHEN next_take_at = 'infinity' THEN 'stuck' ELSE 'retrying' END)
-  AND ($8::text IS NULL OR error ILIKE $8) AND ($9::float8 IS NULL OR stored_at < now() - make_interval(secs => $9))
-  AND ($10::text IS NULL OR event_type = $10)
-  AND ($11::timestamptz IS NULL OR occurred_at >= $11) AND ($12::timestamptz IS NULL OR occurred_at < $12)
-  AND ($13::bigint IS NULL OR seq >= $13) AND ($14::bigint IS NULL OR seq <= $14)
-  AND ($15::bigint[] IS NULL OR id = ANY ($15))
-ORDER BY id
+-- Store mode: the stored messages that their taker gave back; with $18 also all that waits behind them. The filters $6 to $9 speak of
+-- what was given back, the others of the row itself.
+-- Filters as for `select_held`
+WITH given_back AS (
+  SELECT id, source, aggregate_type, aggregate_id, seq FROM relay.inbox
+  WHERE consumer = $17 AND attempts > 0 AND ($6::text IS NULL OR $6 = 'taken')
+    AND ($1::text IS NULL OR aggregate_type = $1) AND ($2::text IS NULL OR aggregate_id = $2)
+    AND ($3::text IS NULL OR aggregate_type LIKE $3) AND ($4::text IS NULL OR aggregate_id LIKE $4)
+    AND ($5::text IS NULL OR aggregate_type = $5) AND ($16::text IS NULL OR source = $16)
+    AND ($7::text IS NULL OR $7 = CASE WHEN next_take_at = 'infinity' THEN 'stuck' ELSE 'retrying' END)
+    AND ($8::text IS NULL OR error ILIKE $8) AND ($9::float8 IS NULL OR stored_at < now() - make_interval(secs => $9))
+), chosen AS (
+  SELECT id FROM given_back
+  UNION
+  SELECT i.id
+  FROM (SELECT source, aggregate_type, aggregate_id, min(seq) AS seq FROM given_back
+        WHERE $18::boolean AND seq IS NOT NULL GROUP BY source, aggregate_type, aggregate_id) AS head
+  CROSS JOIN LATERAL (
+    SELECT b.id FROM relay.inbox b
+    WHERE b.aggregate_id = head.aggregate_id AND b.aggregate_type = head.aggregate_type AND b.source = head.source AND b.consumer = $17
+      AND b.seq > head.seq
+  ) AS i
+)
+SELECT i.id, i.aggregate_type, i.aggregate_id FROM relay.inbox i
+WHERE i.id = ANY (ARRAY(SELECT c.id FROM chosen c))
+  AND ($10::text IS NULL OR i.event_type = $10)
+  AND ($11::timestamptz IS NULL OR i.occurred_at >= $11) AND ($12::timestamptz IS NULL OR i.occurred_at < $12)
+  AND ($13::bigint IS NULL OR i.seq >= $13) AND ($14::bigint IS NULL OR i.seq <= $14)
+  AND ($15::bigint[] IS NULL OR i.id = ANY ($15))
+ORDER BY i.id
 
 -- name: lock_cursors_of_held
 -- The cursors of these held messages, one by one in the order in which the daemons lock theirs.
@@ -219,6 +235,27 @@ SELECT count(*) FROM (
 UPDATE relay.inbox_held SET state = 'retrying', next_attempt_at = clock_timestamp()
 WHERE consumer = $1 AND id = ANY ($2::bigint[]) AND reason = 'failed'
 RETURNING aggregate_type, aggregate_id
+
+-- name: select_stuck_gaps
+-- $1 to $4 aggregate as for `select_parked`, $5 aggregate type, $6 source, $7 text in the detail (pattern for ILIKE), $8 noticed longer ago
+-- than (float8, s); null: any; $9 consumer
+SELECT source, aggregate_type, aggregate_id FROM relay.inbox_gap
+WHERE consumer = $9 AND state = 'stuck'
+  AND ($1::text IS NULL OR aggregate_type = $1) AND ($2::text IS NULL OR aggregate_id = $2)
+  AND ($3::text IS NULL OR aggregate_type LIKE $3) AND ($4::text IS NULL OR aggregate_id LIKE $4)
+  AND ($5::text IS NULL OR aggregate_type = $5) AND ($6::text IS NULL OR source = $6)
+  AND ($7::text IS NULL OR detail ILIKE $7) AND ($8::float8 IS NULL OR noticed_at < now() - make_interval(secs => $8))
+ORDER BY source, aggregate_type, aggregate_id
+
+-- name: reopen_gaps
+-- Gaps that are stuck are asked for again, at once.
+-- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids
+UPDATE relay.inbox_gap g
+SET state = 'open', asks = 0, next_ask_at = clock_timestamp(), detail = NULL, dead_letters = NULL
+FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
+WHERE g.aggregate_id = k.aggregate_id AND g.aggregate_type = k.aggregate_type AND g.source = k.source AND g.consumer = $1
+  AND g.state = 'stuck'
+RETURNING g.aggregate_type, g.aggregate_id
 
 -- name: retry_given_back
 -- Stored messages that may be taken again now.
@@ -255,7 +292,7 @@ SELECT aggregate_type, aggregate_id FROM doomed
 
 -- name: lock_first_stored
 -- The first rows of the aggregates of these stored messages: the lock that takers, and whoever deletes, exclude each other by.
--- Waits for a taker. What it took is gone then, and another row is the first: ask again until the answer stays the same.
+-- Waits for a taker. What it took is gone then, and another row is the first: see `first_stored`, and ask again.
 -- $1 consumer, $2 ids (bigint[])
 SELECT i.id FROM relay.inbox i
 WHERE i.id = ANY (ARRAY(
@@ -269,11 +306,23 @@ WHERE i.id = ANY (ARRAY(
   ) AS first))
 ORDER BY i.id FOR UPDATE
 
+-- name: first_stored
+-- Which rows are the first ones now, for a look after `lock_first_stored` has waited.
+-- $1 consumer, $2 ids (bigint[])
+SELECT first.id
+FROM (SELECT DISTINCT source, aggregate_type, aggregate_id FROM relay.inbox
+      WHERE id = ANY ($2::bigint[]) AND consumer = $1 AND aggregate_id IS NOT NULL) AS a
+CROSS JOIN LATERAL (
+  SELECT f.id FROM relay.inbox f
+  WHERE f.aggregate_id = a.aggregate_id AND f.aggregate_type = a.aggregate_type AND f.source = a.source AND f.consumer = $1
+  ORDER BY f.seq LIMIT 1
+) AS first
+
 -- name: set_given_back_aside
 -- Store mode: what its taker gave back goes to the quarantine; its successors can be taken then.
--- $1 consumer, $2 ids (bigint[]), $3 skipped or purged, $4 detail
+-- $1 consumer, $2 ids (bigint[]), $3 skipped or purged, $4 detail, $5 whole lines (boolean; false: only what was given back)
 WITH gone AS (
-  DELETE FROM relay.inbox WHERE consumer = $1 AND id = ANY ($2::bigint[]) AND attempts > 0 RETURNING *
+  DELETE FROM relay.inbox WHERE consumer = $1 AND id = ANY ($2::bigint[]) AND ($5::boolean OR attempts > 0) RETURNING *
 ), kept AS (
   INSERT INTO relay.inbox_quarantine (consumer, reason, detail, message_id, exchange, routing_key, properties, body, dismissed_at)
   SELECT consumer, $3, $4, message_id, '', '',
@@ -385,31 +434,50 @@ WITH chosen AS MATERIALIZED (
 SELECT aggregate_type, aggregate_id FROM chosen
 
 -- name: select_stored_again
--- What was stored, has not been taken, and is beyond its cursor after a reset: it will be stored again.
--- $1 consumer
+-- What was stored, has not been taken, and is beyond its cursor after a reset: it will be stored again. Only of what was reset: what
+-- another aggregate has beyond its cursor came without order, and nobody forgets that it came.
+-- $1 to $4 aggregate as for `select_parked`, $5 aggregate type, $6 source; null: any; $7 consumer
 SELECT i.id FROM relay.inbox i
 CROSS JOIN LATERAL (
   SELECT FROM relay.inbox_aggregate a
-  WHERE a.aggregate_id = i.aggregate_id AND a.aggregate_type = i.aggregate_type AND a.source = i.source AND a.consumer = $1
+  WHERE a.aggregate_id = i.aggregate_id AND a.aggregate_type = i.aggregate_type AND a.source = i.source AND a.consumer = $7
     AND a.last_seq < i.seq
 ) AS beyond
-WHERE i.consumer = $1
+WHERE i.consumer = $7
+  AND ($1::text IS NULL OR i.aggregate_type = $1) AND ($2::text IS NULL OR i.aggregate_id = $2)
+  AND ($3::text IS NULL OR i.aggregate_type LIKE $3) AND ($4::text IS NULL OR i.aggregate_id LIKE $4)
+  AND ($5::text IS NULL OR i.aggregate_type = $5) AND ($6::text IS NULL OR i.source = $6)
 
 -- name: drop_stored
 -- $1 consumer, $2 ids (bigint[])
 DELETE FROM relay.inbox WHERE consumer = $1 AND id = ANY ($2::bigint[]) RETURNING id
 
--- name: forget_seen
--- Messages without an aggregate are applied again when they come again; never one that is still held.
+-- name: count_seen
+-- What `forget_seen` would forget.
 -- $1 consumer, $2 source (null: any)
-DELETE FROM relay.inbox_seen s
+SELECT count(*) FROM relay.inbox_seen s
 WHERE s.consumer = $1 AND ($2::text IS NULL OR s.source = $2)
   AND NOT EXISTS (SELECT FROM relay.inbox_held h WHERE h.message_id = s.message_id AND h.source = s.source AND h.consumer = s.consumer)
 
--- name: forget_stored_unordered
--- The same for those that were stored and not taken: they are stored again.
+-- name: forget_seen
+-- Messages that come without order (no aggregate, or policy none) are applied again when they come again; never one that is still held.
+-- Returns how many there were.
 -- $1 consumer, $2 source (null: any)
-DELETE FROM relay.inbox WHERE consumer = $1 AND ($2::text IS NULL OR source = $2) AND seq IS NULL
+WITH gone AS (
+  DELETE FROM relay.inbox_seen s
+  WHERE s.consumer = $1 AND ($2::text IS NULL OR s.source = $2)
+    AND NOT EXISTS (SELECT FROM relay.inbox_held h WHERE h.message_id = s.message_id AND h.source = s.source AND h.consumer = s.consumer)
+  RETURNING 1
+)
+SELECT count(*) FROM gone
+
+-- name: select_stored_unordered
+-- The same for those that were stored and not taken: they are stored again. What comes without order has no cursor.
+-- $1 consumer, $2 source (null: any)
+SELECT i.id FROM relay.inbox i
+WHERE i.consumer = $1 AND ($2::text IS NULL OR i.source = $2) AND (i.seq IS NULL OR NOT EXISTS (
+  SELECT FROM relay.inbox_aggregate a
+  WHERE a.aggregate_id = i.aggregate_id AND a.aggregate_type = i.aggregate_type AND a.source = i.source AND a.consumer = $1))
 
 -- name: select_quarantined
 -- Entries that nobody has dismissed.

@@ -46,8 +46,8 @@ UNION ALL SELECT NULL, NULL, count(*) FROM moved WHERE NOT existed
 
 -- name: seed_held
 -- After cursors that existed were moved, under their locks: what is held up to them belongs to the time before, and goes to the
--- quarantine whole (reason skipped, dismissed); what is held right after them is due, what is held later waits again; what was
--- stored after them and not taken will be stored again. Gaps up to them are none any more.
+-- quarantine whole (reason skipped, dismissed); what is held right after them is due, what is held later waits again. Gaps up to them
+-- are none any more. (What was stored after them: `seed_stored`.)
 -- $1 consumer, $2 source, arrays: $3 aggregate type, $4 aggregate id, $5 last seq; $6 the event type of tombstones
 WITH moved AS (
   SELECT * FROM unnest($3::text[], $4::text[], $5::bigint[]) AS g (aggregate_type, aggregate_id, last_seq)
@@ -80,16 +80,22 @@ WITH moved AS (
   FROM later l
   WHERE l.state = 'retrying' AND a.aggregate_id = l.aggregate_id AND a.aggregate_type = l.aggregate_type
     AND a.source = $2 AND a.consumer = $1
-), untaken AS (
-  DELETE FROM relay.inbox i USING moved m
-  WHERE i.aggregate_id = m.aggregate_id AND i.aggregate_type = m.aggregate_type AND i.source = $2 AND i.consumer = $1
-    AND i.seq > m.last_seq
 ), gaps AS (
   DELETE FROM relay.inbox_gap g USING moved m
   WHERE g.aggregate_id = m.aggregate_id AND g.aggregate_type = m.aggregate_type AND g.source = $2 AND g.consumer = $1
     AND g.to_seq <= m.last_seq
 )
 SELECT count(*) FROM gone
+
+-- name: seed_stored
+-- Store mode, after cursors that existed were moved back: what was stored after them and not taken will be stored again.
+-- $1 consumer, $2 source, arrays: $3 aggregate type, $4 aggregate id, $5 last seq
+SELECT i.id FROM unnest($3::text[], $4::text[], $5::bigint[]) AS g (aggregate_type, aggregate_id, last_seq)
+CROSS JOIN LATERAL (
+  SELECT i.id FROM relay.inbox i
+  WHERE i.aggregate_id = g.aggregate_id AND i.aggregate_type = g.aggregate_type AND i.source = $2 AND i.consumer = $1
+    AND i.seq > g.last_seq
+) AS i
 
 -- name: record_seed
 -- $1 consumer, $2 source, $3 aggregates

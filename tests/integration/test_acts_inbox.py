@@ -15,7 +15,7 @@ from relay.errors import ConfigError, NothingSelected, PostgresUnavailable
 from relay.inbox import Event, Inbox
 from relay.operate import act as acting
 from relay.operate.act import Act, Done, perform
-from relay.operate.inbox_acts import Dismiss, Purge, Retry, Skip
+from relay.operate.inbox_acts import Dismiss, Purge, Retry, Skip, lock_first_stored
 from relay.operate.inbox_cursors import Reset, SkipThrough
 from relay.operate.selection import Selection, aggregate_text
 from relay.postgres.connect import Connection
@@ -303,6 +303,16 @@ class TestOverAGap:
         with pytest.raises(NothingSelected, match="has never heard of order/2"):
             await act(tables, SkipThrough(Selection(aggregate="order/2"), 1))
 
+    @pytest.mark.parametrize("through", [-1, 0, 2**63 - 1, 2**63])
+    def test_a_number_that_no_cursor_can_have_is_refused(self, through: int) -> None:
+        with pytest.raises(ConfigError, match="a number from 1 to 9223372036854775806 is meant"):
+            SkipThrough(Selection(aggregate="order/1"), through)
+
+    async def test_the_highest_number_of_a_cursor_can_be_passed_over(self, tables: World) -> None:
+        await gap(tables, to_seq=2**63 - 2)
+        await act(tables, SkipThrough(Selection(aggregate="order/1"), 2**63 - 2))
+        assert await cursor(tables) == (2**63 - 2, False)
+
     async def test_two_sources_are_told_apart(self, tables: World) -> None:
         await gap(tables, to_seq=2)
         await gap(tables, to_seq=2, source="other")
@@ -372,6 +382,44 @@ class TestReset:
         assert done.notes[0] == "2 stored messages that nobody had taken were removed: they are stored again"
         assert await tables.db.fetchval("SELECT array_agg(seq) FROM relay.inbox") == [1]
 
+    async def test_what_was_stored_of_other_aggregates_stays(self, tables: World) -> None:
+        """Beyond a cursor is also what came by policy none, where a cursor was left by another policy."""
+        for name in ("1", "2"):
+            await stored(tables, 4, aggregate=name)
+            await cursors(tables, name, 3)
+        await act(tables, Reset(Selection(aggregate="order/1")))
+        assert await tables.db.fetchval("SELECT array_agg(aggregate_id) FROM relay.inbox") == ["2"]
+
+    async def test_of_everything_stores_what_comes_without_order_once(self, database: str, broker: str) -> None:
+        history = [*stream("1", 3), *stream("2", 2, aggregate_type="stock"), Sent(seq=None, id=1)]
+        async with world(database, broker, mode="store", policies={"order": "none"}) as shop:
+            async with shop.running(Inbox("shop")):
+                await shop.publish(history)
+                await shop.until(lambda s: s.applied == 6)
+            done = await act(shop, Reset(ALL))
+            assert done.notes[0] == "6 stored messages that nobody had taken were removed: they are stored again"
+            async with shop.running(Inbox("shop")):
+                await shop.publish(history)
+                await shop.until(lambda s: s.applied == 12)
+            assert await shop.db.fetchval("SELECT count(*) FROM relay.inbox") == 6
+
+    async def test_of_a_consumer_that_has_only_events_without_order(self, database: str, broker: str) -> None:
+        history = [*stream("1", 3), Sent(seq=None, id=1)]
+        async with world(database, broker, policies={"order": "none"}) as shop, shop.running(recording()):
+            await shop.publish(history)
+            await shop.until(lambda s: s.applied == 4)
+            for selection in (Selection(aggregate_type="order"), Selection(aggregate="order/1")):
+                with pytest.raises(NothingSelected, match="no cursor of consumer shop is selected"):
+                    await act(shop, Reset(selection))
+            plan = await Reset(replace(ALL, consumer="shop")).plan(shop.db)
+            assert (plan.rows, plan.unit) == (4, "event without order")
+            done = await act(shop, Reset(replace(ALL, consumer="shop")))
+            assert (done.rows, done.aggregates) == (4, 0)
+            await shop.publish(history)
+            await shop.until(lambda s: s.applied == 8)
+            with pytest.raises(NothingSelected, match="no cursor of consumer shop beyond 1 is selected"):
+                await act(shop, Reset(replace(ALL, consumer="shop"), to=1))
+
     async def test_the_count_names_a_sample_only(self, tables: World) -> None:
         for n in range(30):
             await cursors(tables, f"{n:02}", 1)
@@ -428,6 +476,50 @@ class TestStoreMode:
             await transaction.commit()
             assert (await skipping).rows == 1
         assert await taken(tables) == [3]
+
+    async def test_no_taker_gets_in_between_when_the_one_that_was_waited_for_took_the_first(
+        self, tables: World
+    ) -> None:
+        """What was waited for is gone; its successor is to be locked, too, before anything is deleted."""
+        ids = await stored(tables, 1, 2, 3)
+        ids += await stored(tables, 1, 2, aggregate="2")
+        async with connected(tables.dsn) as taker, connected(tables.dsn) as operator:
+            taking, acting = taker.transaction(), operator.transaction()
+            await taking.start()
+            await acting.start()
+            assert [r["seq"] for r in await taker.fetch("SELECT seq FROM relay.inbox_take(1)")] == [1]
+            locking = asyncio.create_task(lock_first_stored(operator, "shop", [ids[2], ids[4]]))
+            await eventually(lambda: waits_for_a_lock(tables))
+            await taking.commit()
+            await locking
+            assert await taken(tables) == []
+            await acting.rollback()
+        assert await taken(tables) == [2, 3, 1, 2]
+
+    async def test_takers_that_are_never_done_are_told(self, tables: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("relay.operate.inbox_acts.LOCK_WAIT_S", -1.0)
+        ids = await stored(tables, 1, 2)
+        async with connected(tables.dsn) as taker, connected(tables.dsn) as operator:
+            taking = taker.transaction()
+            await taking.start()
+            assert [r["seq"] for r in await taker.fetch("SELECT seq FROM relay.inbox_take(1)")] == [1]
+            async with operator.transaction():
+                locking = asyncio.create_task(lock_first_stored(operator, "shop", ids))
+                await eventually(lambda: waits_for_a_lock(tables))
+                await taking.commit()
+                with pytest.raises(PostgresUnavailable, match="takers have been at work on these stored messages"):
+                    await locking
+
+    async def test_purge_sets_aside_what_was_given_back_and_all_that_waits_behind(self, tables: World) -> None:
+        ids = await stored(tables, 1, 2, 3, 4)
+        await stored(tables, 1, aggregate="2")
+        await tables.db.execute("SELECT relay.inbox_fail($1, 'broken', NULL)", ids[1])
+        with pytest.raises(NothingSelected):
+            await act(tables, Purge(Selection(aggregate="order/1", error="mended")))
+        done = await act(tables, Purge(Selection(aggregate="order/1", error="broken")))
+        assert (done.rows, done.aggregates) == (3, 1)
+        assert [q[:3] for q in await quarantine(tables)] == [("purged", "1", n) for n in (2, 3, 4)]
+        assert await taken(tables) == [1, 1]
 
     async def test_an_id_that_names_two_things_is_refused(self, tables: World) -> None:
         ids = await stored(tables, 1)
@@ -746,12 +838,13 @@ async def failed(shop: World, aggregate: str, *, consumer: str = "shop", id: int
     )
 
 
-async def stored(shop: World, *seqs: int) -> list[int]:
+async def stored(shop: World, *seqs: int, aggregate: str = "1") -> list[int]:
     """As the sidecar stores them."""
     rows = await shop.db.fetch(
         "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body)"
-        " SELECT 'shop', 'shop', 'order', '1', n, 'T', n::text, 'application/json', '{}', '{}' FROM unnest($1::bigint[]) AS n RETURNING id",
+        " SELECT 'shop', 'shop', 'order', $2, n, 'T', n::text, 'application/json', '{}', '{}' FROM unnest($1::bigint[]) AS n RETURNING id",
         seqs,
+        aggregate,
     )
     return [r["id"] for r in rows]
 

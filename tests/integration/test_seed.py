@@ -173,6 +173,33 @@ async def test_only_what_is_missing_or_at_zero_is_put_there_unless_forced(
     assert set((await consumer.cursors()).values()) == {9}
 
 
+async def test_what_was_stored_after_a_cursor_that_goes_back_is_removed_when_its_taker_is_done(
+    producer: Settings, consumer: Consumer
+) -> None:
+    await published(producer, [("order/1", 9)])
+    await consumer.cursor("order/1", 5)
+    await consumer.db.execute(
+        "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body)"
+        " SELECT 'shop', 'shop', 'order', '1', n, 'T', n::text, '', '{}', '{}' FROM generate_series(2, 5) AS n"
+    )
+    async with connected(consumer.dsn) as taker:
+        taking = taker.transaction()
+        await taking.start()
+        assert await taker.fetchval("SELECT seq FROM relay.inbox_take(1)") == 2  # seeding deletes what is behind it
+        seeding = asyncio.create_task(consumer.seed("order/1", "--at", "3", "--force", "--yes"))
+        await until(functools.partial(somebody_waits, consumer.db))
+        await taking.commit()
+        assert (await seeding).code == 0
+    assert await consumer.db.fetchval("SELECT array_agg(seq) FROM relay.inbox") == [3]
+
+
+async def somebody_waits(db: Any) -> bool:
+    waits: bool = await db.fetchval(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database())"
+    )
+    return waits
+
+
 async def test_only_the_types_that_are_named(producer: Settings, consumer: Consumer) -> None:
     await published(producer, [("order/1", 2), ("invoice/1", 3), ("shipment/1", 4)])
     answer = await consumer.seed("--type", "order", "--type", "invoice", "--yes")
