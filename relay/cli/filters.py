@@ -30,7 +30,7 @@ OUTBOX_CAUSES = (
     "paused",
     "tombstone",
 )
-INBOX_CAUSES = ("failed", "early", "behind", "gap", "conflict", "foreign", "malformed", "taken")
+INBOX_CAUSES = ("failed", "early", "behind", "gap", "conflict", "foreign", "malformed", "taken", "stranded")
 ALL_CAUSES = tuple(dict.fromkeys(OUTBOX_CAUSES + INBOX_CAUSES))
 OUTBOX_STATES = ("waiting", "published", "parked", "retrying", "stuck", "paused", "skipped")
 INBOX_STATES = ("waiting", "retrying", "stuck")

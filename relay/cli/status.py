@@ -150,6 +150,7 @@ def _consumer(c: ConsumerStatus, now: datetime) -> list[tuple[str, str]]:
         told.append(("quarantine", ", ".join(f"{number(n)} {reason}" for reason, n in c.quarantine.items())))
     if c.stored is not None:
         failed = f", {number(c.taker_failed)} given back" if c.taker_failed else ""
+        failed += f", {plural(c.stranded, 'aggregate')} stranded" if c.stranded else ""
         told.append(
             ("stored", _waiting(c.stored.rows, more=c.stored.more, age_s=c.stored.age_s, noun="to be taken") + failed)
         )

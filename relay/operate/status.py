@@ -5,6 +5,7 @@ The figures are counted where they are small or bounded: a backlog beyond COUNTE
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,6 +16,9 @@ from relay.operate.look import Look, Unread
 
 COUNTED = 100_000
 """Rows of a backlog that are counted: a second's worth of reading would be a million."""
+
+LOOKED_AT = 10_000
+"""Aggregates with stored events that are looked at for what is stranded: a tenth of a second. A running inbox walks through all."""
 
 _QUIET_REPLAY_S = 60.0
 """A replay that has written nothing for so long was interrupted: nobody is running it."""
@@ -135,6 +139,7 @@ class ConsumerStatus:
     quarantine: dict[str, int]  # by reason; what nobody has dismissed
     stored: Backlog | None  # store mode: events that wait for their taker
     taker_failed: int  # of them: given back by their taker, and first of their aggregate
+    stranded: int  # aggregates of which no taker sees that they have stored events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +228,9 @@ async def _inbox(look: Look) -> tuple[ConsumerStatus, ...]:
     more = sum(r["rows"] for r in counted) > COUNTED
     stored = {r["consumer"]: r for r in counted}
     given_back = {r["consumer"]: r["rows"] for r in await look.fetch("see_given_back")}
+    stranded = Counter(r["consumer"] for r in await look.fetch("see_stranded", LOOKED_AT))
     found = []
-    for name in sorted({*progress, *held, *gaps, *quarantine, *stored, *given_back}):
+    for name in sorted({*progress, *held, *gaps, *quarantine, *stored, *given_back, *stranded}):
         waiting = stored.get(name)
         found.append(
             ConsumerStatus(
@@ -235,6 +241,7 @@ async def _inbox(look: Look) -> tuple[ConsumerStatus, ...]:
                 quarantine=quarantine.get(name, {}),
                 stored=_backlog(look, waiting["rows"], waiting["oldest"], more=more) if waiting else None,
                 taker_failed=given_back.get(name, 0),
+                stranded=stranded[name],
             )
         )
     return tuple(found)
@@ -282,6 +289,13 @@ def _consumer_problems(c: ConsumerStatus) -> list[Problem]:
         found.append(
             Problem(
                 text=f"{_count(c.taker_failed, 'event')} given back by the taker of {c.consumer}", command="relay stuck"
+            )
+        )
+    if c.stranded and not c.running:
+        found.append(
+            Problem(
+                text=f"no taker sees the stored events of {_count(c.stranded, 'aggregate')} of {c.consumer}: its inbox mends that",
+                command="relay inbox run",
             )
         )
     return found

@@ -12,7 +12,7 @@ import asyncpg
 from relay.errors import PrivilegeError
 from relay.operate.look import Look, containing, ids, patterns
 from relay.operate.selection import Selection
-from relay.operate.status import Pause, pauses
+from relay.operate.status import LOOKED_AT, Pause, pauses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,8 @@ class Stuck:
 
 async def stuck(look: Look, selection: Selection, *, by_cause: bool, limit: int) -> Stuck:
     """What is blocked, the longest first. Raises PrivilegeError for a filter by error with a role that may not read errors."""
-    found = await look.fetch("see_stuck", *await _arguments(look, selection), by_cause, limit)
+    stranded = [r["id"] for r in await look.fetch("see_stranded", LOOKED_AT)] if look.inbox else []
+    found = await look.fetch("see_stuck", *await _arguments(look, selection), by_cause, limit, stranded)
     entries = () if by_cause else tuple(Blocked(**_fields(look, r, Blocked)) for r in found)
     causes = tuple(Cause(**_fields(look, r, Cause)) for r in found) if by_cause else ()
     return Stuck(

@@ -145,6 +145,24 @@ GROUP BY consumer
 -- Stored events that their taker has given back and that hold their aggregates up.
 SELECT consumer, count(*) AS rows FROM relay.inbox WHERE leads AND attempts > 0 GROUP BY consumer
 
+-- name: see_stranded
+-- Stored events that no taker looks at: first of their aggregate, and they do not lead. A running inbox in store mode lets them lead when
+-- its sweep comes by. Skips from one aggregate to the next; at most so many are looked at.
+-- $1 aggregates to look at
+WITH RECURSIVE walk AS (
+  SELECT '' AS aggregate_id, '' AS aggregate_type, '' AS source, '' AS consumer, NULL::bigint AS id, true AS leads, 0 AS n
+  UNION ALL
+  SELECT later.aggregate_id, later.aggregate_type, later.source, later.consumer, later.id, later.leads, walk.n + 1
+  FROM walk CROSS JOIN LATERAL (
+    SELECT i.aggregate_id, i.aggregate_type, i.source, i.consumer, i.id, i.leads FROM relay.inbox i
+    WHERE i.aggregate_id IS NOT NULL
+      AND (i.aggregate_id, i.aggregate_type, i.source, i.consumer) > (walk.aggregate_id, walk.aggregate_type, walk.source, walk.consumer)
+    ORDER BY i.aggregate_id, i.aggregate_type, i.source, i.consumer, i.seq LIMIT 1
+  ) AS later
+  WHERE walk.n < $1::integer
+)
+SELECT consumer, id FROM walk WHERE NOT leads
+
 -- --- relay stuck
 
 -- name: see_errors
@@ -163,7 +181,8 @@ WHERE leads AND attempts > 0 AND error IS NOT NULL AND ($1::text IS NULL OR erro
 -- Filters, null for any: $1 aggregate type and $2 aggregate id (patterns of LIKE), $3 aggregate type, $4 event type, $5 cause, $6 state,
 -- $7 error (pattern of ILIKE), $8 for longer than (s), $9 since, $10 until, $11 from seq, $12 to seq, $13 row ids (bigint[]),
 -- $14 source, $15 consumer. $16 what `see_errors` found for the inbox (text, JSON: {"held/7": error}): looked up by name, since a join of
--- so many with so few as the planner expects would be a nested loop. $17 by cause (boolean), $18 limit
+-- so many with so few as the planner expects would be a nested loop. $17 by cause (boolean), $18 limit, $19 what `see_stranded` found
+-- (bigint[])
 WITH parked AS (
   SELECT p.*, behind.rows FROM (
     SELECT aggregate_id, aggregate_type, min(seq) AS seq, count(*) - 1 AS rows FROM relay.outbox_parked
@@ -216,6 +235,13 @@ WITH parked AS (
        AND b.source = i.source AND b.consumer = i.consumer AND b.seq > i.seq), NULL
   FROM relay.inbox i
   WHERE i.leads AND i.attempts > 0  -- only the first of an aggregate blocks it; those have an index
+  UNION ALL
+  SELECT 'inbox', 'stored', i.id, i.consumer, i.source, i.aggregate_type, i.aggregate_id, i.seq, i.event_type, 'stranded', 'retrying',
+    'no taker looks at it, since it does not lead its aggregate: relay inbox run in store mode mends this when its sweep comes by',
+    i.stored_at, i.attempts, NULL,
+    (SELECT count(*) FROM relay.inbox b WHERE b.aggregate_id = i.aggregate_id AND b.aggregate_type = i.aggregate_type
+       AND b.source = i.source AND b.consumer = i.consumer AND b.seq > i.seq), NULL
+  FROM relay.inbox i WHERE i.id = ANY ($19::bigint[])
 ), chosen AS (
   SELECT b.* FROM blocked b
   WHERE ($1::text IS NULL OR b.aggregate_type LIKE $1) AND ($2::text IS NULL OR b.aggregate_id LIKE $2)

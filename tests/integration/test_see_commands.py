@@ -126,7 +126,7 @@ class TestStatus:
         assert [c["consumer"] for c in told["inbox"]] == ["archive", "billing", "store"]
         assert _keys(told["inbox"][1]) == {
             *("consumer", "running", "applied", "rate", "owner", "updated_at", "last_error", "last_error_at"),
-            *("held", "gaps", "quarantine", "stored", "taker_failed"),
+            *("held", "gaps", "quarantine", "stored", "taker_failed", "stranded"),
         }
         assert _keys(told["inbox"][1]["held"]) == {"rows", "aggregates", "early", "behind", "failed", "stuck", "oldest"}
         assert _keys(told["inbox"][1]["gaps"]) == {"open", "stuck", "oldest"}

@@ -134,3 +134,22 @@ async def test_a_poison_event_is_told_with_the_handlers_error(database: str, bro
 
 async def _queue_is_there(database: str) -> bool:
     return any(c.running for c in (await _status(database)).inbox)
+
+
+async def test_stored_events_that_no_taker_sees_are_told(database: str) -> None:
+    async with connected(database) as db:
+        await db.execute(
+            "INSERT INTO relay.inbox (consumer, source, aggregate_type, aggregate_id, seq, event_type, message_id, content_type, headers, body, leads)"
+            " SELECT 'store', 'shop', 'order', a, n, 'T', n::text, '', '{}', '{}', a <> '2' AND n = 1"
+            " FROM unnest('{1,2,3}'::text[]) AS a, generate_series(1, 3) AS n"
+        )
+    told = await _status(database)
+    (consumer,) = told.inbox
+    assert (consumer.stranded, consumer.taker_failed) == (1, 0)
+    assert [(p.text, p.command) for p in told.problems] == [
+        ("no taker sees the stored events of 1 aggregate of store: its inbox mends that", "relay inbox run")
+    ]
+    (blocked,) = await _stuck(database)
+    assert (blocked.kind, blocked.aggregate_id, blocked.seq, blocked.cause, blocked.behind) == (
+        *("stored", "2", 1, "stranded", 2),
+    )
