@@ -180,7 +180,8 @@ class TestAnOwnerWithoutCreaterole:
                 assert "let an administrator run it" in report.roles_skipped
                 await require_current(owner)
                 assert await missing(owner) == [
-                    f"missing: role relay_{name}" for name in ("consumer", "daemon", "monitor", "operator", "producer", "taker")
+                    f"missing: role relay_{name}"
+                    for name in ("consumer", "daemon", "monitor", "operator", "producer", "taker")
                 ]
                 assert (await migrate(owner)).roles_skipped is not None
 
