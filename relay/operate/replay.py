@@ -15,7 +15,7 @@ import structlog
 
 from relay.errors import BrokerRefused, BrokerUnavailable, ConfigError, PostgresUnavailable, RelayError
 from relay.message import Message, Row, to_message
-from relay.operate.replays import Replay, got_to, source_of, try_lock
+from relay.operate.replays import Replay, find, got_to, source_of, try_lock
 from relay.operate.retained import Place, Retained, RetainedPage
 from relay.outbox.routing import routing_key
 from relay.postgres.connect import Connection, connection
@@ -37,6 +37,8 @@ _BACKLOG_LIMIT_S = 1.0
 """While the oldest event that waits for its first publication is older, nothing is sent again: live traffic goes first."""
 
 _REFUSED_TOLD = 20
+
+_TAKEN_AWAY = "replay {} was abandoned, or taken further by another process: this one stops"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Sending:
     async def _session(self) -> None:
         async with connection(self._settings.postgres, application=f"relay replay {self._replay.id}") as opened:
             await self._lock(opened)
+            await self._look_where_it_is(opened)
             source = await source_of(opened, self._settings)
             retained = Retained(opened)
             async with _publisher(self._settings, self._replay) as publisher:
@@ -146,6 +149,15 @@ class Sending:
         raise ConfigError(
             f"replay {self._replay.id} is being sent by another process: let it end, or stop it before you resume"
         )
+
+    async def _look_where_it_is(self, opened: Connection) -> None:
+        """Under the lock, for it may be further than we know: another process may have had it, or our last note had no answer."""
+        now = await find(opened, self._replay.id)
+        if now.state == "abandoned":
+            raise ConfigError(_TAKEN_AWAY.format(self._replay.id))
+        self.state.sent, self.state.done = now.sent, now.state == "done"
+        if now.after_id > self._place.after_id:
+            self._place = Place(now.after_id)
 
     async def _let_live_traffic_pass(self, retained: Retained) -> None:
         """Wait while the relay is behind with what it has to publish itself. A bounded look, and not before every page."""
@@ -211,7 +223,7 @@ class Sending:
         state = "done" if page.is_last else "unfinished"
         sent = await got_to(opened, self._replay.id, after_id=page.place.after_id, rows=len(page.rows), state=state)
         if sent is None:
-            raise ConfigError(f"replay {self._replay.id} was abandoned, or finished by another process: this one stops")
+            raise ConfigError(_TAKEN_AWAY.format(self._replay.id))
         self.state.sent = sent
         self.state.done = page.is_last
 

@@ -153,7 +153,7 @@ async def listed(connection: Connection, *, rows: int) -> list[Listed]:
 
 
 async def got_to(connection: Connection, replay_id: int, *, after_id: int, rows: int, state: str) -> int | None:
-    """Note that a page was sent and confirmed; returns the rows sent so far. None: the replay is not unfinished any more."""
+    """Note that a page was sent and confirmed; returns the rows sent so far. None: it has ended, or is further already."""
     with postgres_errors():
         sent: int | None = await connection.fetchval(query("replay_got_to"), replay_id, after_id, rows, state)
     return sent

@@ -126,10 +126,10 @@ VALUES ($1, $2::text::jsonb, $3, $4, $5, $6)
 RETURNING id
 
 -- name: replay_got_to
--- All of the selection up to $2 has been sent and confirmed. No row: the replay was abandoned meanwhile.
+-- All of the selection up to $2 has been sent and confirmed. No row: the replay was abandoned meanwhile, or is further already.
 -- $1 replay, $2 after id, $3 rows sent with this page, $4 state
 UPDATE relay.outbox_replay SET after_id = $2, sent = sent + $3, state = $4, updated_at = now()
-WHERE id = $1 AND state = 'unfinished'
+WHERE id = $1 AND state = 'unfinished' AND after_id <= $2
 RETURNING sent
 
 -- name: abandon_replay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +18,17 @@ from relay.errors import BrokerError, BrokerRefused, ConfigError, NothingSelecte
 from relay.message import TOMBSTONE
 from relay.operate.audit import Operator
 from relay.operate.replay import Sending, State, require_target
-from relay.operate.replays import Replay, abandon, begin, find, find_unfinished, listed, selection_from, source_of
+from relay.operate.replays import (
+    Replay,
+    abandon,
+    begin,
+    find,
+    find_unfinished,
+    got_to,
+    listed,
+    selection_from,
+    source_of,
+)
 from relay.operate.retained import Count, Missing, Retained
 from relay.operate.selection import Selection
 from relay.postgres.connect import connection
@@ -396,6 +406,50 @@ async def test_two_processes_cannot_send_one_replay(settings: Settings, one: Que
     stop.set()
     await running
     assert (await send(settings, to_send)).done
+
+
+async def test_a_process_that_comes_back_goes_on_from_where_another_has_taken_the_replay(
+    settings: Settings, one: Queue
+) -> None:
+    await published(settings, [("order/1", 45)])
+    to_send = await begun(settings, Selection(aggregate="order/1"))
+    stop = asyncio.Event()
+    first = Sending(settings, to_send, rate=100_000, stop=stop, tell=lambda _: stop.set())
+    await first.run()  # one page, then it loses its session
+    async with connection(settings.postgres, application="test") as opened:
+        stop_other = asyncio.Event()
+        await send(settings, await find(opened, to_send.id), stop=stop_other, tell=_after(30, stop_other))
+        assert (await find(opened, to_send.id)).sent == 30
+        stop.clear()
+        await first.run()
+        second = await find(opened, to_send.id)
+        assert second.sent == 40
+        assert await got_to(opened, to_send.id, after_id=second.after_id - 1, rows=1, state="unfinished") is None
+        assert await find(opened, to_send.id) == second, "it went back"
+    stop.clear()
+    state = await first.run()
+    assert (state.done, state.sent) == (True, 45)
+    assert [seq for _, seq, _ in await one.take()] == list(range(1, 46))
+
+
+def _after(rows: int, stop: asyncio.Event) -> Callable[[State], None]:
+    """Stops when so many rows have been sent."""
+
+    def tell(state: State) -> None:
+        if state.sent >= rows:
+            stop.set()
+
+    return tell
+
+
+async def test_an_answer_that_was_lost_is_not_waited_for_again(settings: Settings, one: Queue) -> None:
+    """The last page was noted, and the session broke before its process heard of it."""
+    await published(settings, [("order/1", 45)])
+    to_send = await begun(settings, Selection(aggregate="order/1"))
+    await send(settings, to_send)
+    state = await send(settings, to_send)
+    assert (state.done, state.sent, state.sent_now) == (True, 45, 0)
+    assert await one.count() == 45
 
 
 async def test_a_replay_that_is_given_up_stops_where_it_runs_and_cannot_be_resumed(

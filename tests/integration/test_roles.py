@@ -15,9 +15,12 @@ from relay.errors import PrivilegeError
 from relay.inbox.stored import Stored
 from relay.message import Event
 from relay.operate import inbox_acts
+from relay.operate.audit import Operator
 from relay.operate.inbox_cursors import Reset, SkipThrough
 from relay.operate.outbox_acts import Purge, Retry, Skip, SkipNumber
 from relay.operate.outbox_pauses import Pause, Resume
+from relay.operate.replays import abandon, begin, find, got_to, resume, try_lock
+from relay.operate.retained import Retained
 from relay.operate.selection import Selection
 from relay.postgres.connect import Connection
 from relay.postgres.queries import query
@@ -86,13 +89,11 @@ TABLE_RIGHTS: dict[str, dict[str, set[str]]] = {
         )
     },
 }
-OPERATOR_RIGHTS: dict[str, set[str]] = {  # beside SELECT on everything; what it may UPDATE is a matter of columns
-    "audit": {"INSERT"},
+OPERATOR_RIGHTS: dict[str, set[str]] = {  # beside SELECT on everything, and INSERT and UPDATE of some columns
     "audit_aggregate": {"INSERT"},
     "outbox_parked": {"INSERT", "DELETE"},
     "outbox_pause": {"INSERT", "DELETE"},
     "outbox_tombstone": {"INSERT"},
-    "outbox_replay": {"INSERT", "UPDATE"},
     "inbox_aggregate": {"INSERT"},
     "inbox_seed": {"INSERT", "UPDATE"},
     "inbox_held": {"DELETE"},
@@ -101,9 +102,14 @@ OPERATOR_RIGHTS: dict[str, set[str]] = {  # beside SELECT on everything; what it
     "inbox_seen": {"DELETE"},
     "inbox_quarantine": {"INSERT"},
 }
+OPERATOR_INSERTS = {
+    "audit": {"who", "side", "act", "selection", "why", "rows"},  # when, and by which login, is not for it to say
+    "outbox_replay": {"audit_id", "selection", "to_queue", "after_id", "last_id", "total"},
+}
 OPERATOR_UPDATES = {
     "outbox_cursor": {"rate"},  # for the row's lock
     "outbox_parked": {"state", "next_attempt_at", "attempts"},
+    "outbox_replay": {"after_id", "sent", "state", "updated_at"},
     "inbox_aggregate": {"last_seq", "last_digest", "blocked"},
     "inbox_held": {
         *("event_type", "content_type", "headers", "body", "digest"),
@@ -238,6 +244,12 @@ OPERATOR_MAY_NOT = [
     "UPDATE relay.outbox_parked SET id = 9",
     "DELETE FROM relay.outbox_tombstone",
     "UPDATE relay.audit SET who = 'somebody else'",
+    *(
+        f"INSERT INTO relay.audit ({column}, who, side, act, selection, rows) OVERRIDING SYSTEM VALUE VALUES ({value}, 'w', 'outbox', 'purge', '{{}}', 1)"
+        for column, value in (("login", "'somebody else'"), ("at", "now() - interval '1 year'"), ("id", "7"))
+    ),
+    "UPDATE relay.outbox_replay SET last_id = 9",
+    "UPDATE relay.outbox_replay SET audit_id = 9",
     "DELETE FROM relay.audit",
     "TRUNCATE relay.audit CASCADE",
     "DELETE FROM relay.audit_aggregate",
@@ -301,6 +313,7 @@ class TestTheMatrix:
             ),
             ("relay_consumer", "inbox", "UPDATE", {"leads"}),
             ("relay_taker", "inbox", "UPDATE", {"attempts", "error", "next_take_at", "leads"}),
+            *(("relay_operator", table, "INSERT", columns) for table, columns in OPERATOR_INSERTS.items()),
             *(("relay_operator", table, "UPDATE", columns) for table, columns in OPERATOR_UPDATES.items()),
         ],
     )
@@ -323,6 +336,7 @@ class TestTheMatrix:
             ("relay_consumer", "inbox", "SELECT"),
             ("relay_consumer", "inbox", "UPDATE"),
             ("relay_taker", "inbox", "UPDATE"),
+            *(("relay_operator", table, "INSERT") for table in OPERATOR_INSERTS),
             *(("relay_operator", table, "UPDATE") for table in OPERATOR_UPDATES),
             ("relay_monitor", "inbox", "SELECT"),
             ("relay_monitor", "outbox", "SELECT"),
@@ -581,6 +595,24 @@ class TestAnOperator:
             ):
                 assert (await act_on(operator, act)).rows > 0
             assert await owner.fetchval("SELECT count(*) FROM relay.audit") == 7
+
+    async def test_notes_replays(self, database: str, logins: Logins) -> None:
+        async with connected(database) as owner, connected(logins.create(database, "relay_operator")) as operator:
+            await insert(owner, "order/1", count=3)
+            await owner.execute("UPDATE relay.outbox_cursor SET snapshot = pg_current_snapshot()")
+            counted, me = await Retained(operator).count(Selection(aggregate="order/1")), Operator(who="me")
+            for end in ("done", "abandoned"):
+                replay = await begin(
+                    operator, selection=Selection(aggregate="order/1"), count=counted, to_queue=None, operator=me
+                )
+                assert await try_lock(operator, replay.id)
+                await resume(operator, replay, operator=me)
+                assert await got_to(operator, replay.id, after_id=2, rows=2, state="unfinished") == 2
+                if end == "done":
+                    assert await got_to(operator, replay.id, after_id=3, rows=1, state=end) == 3
+                else:
+                    await abandon(operator, replay, operator=me)
+                assert (await find(operator, replay.id)).state == end
 
     async def test_can_do_nothing_else(self, database: str, logins: Logins) -> None:
         async with connected(logins.create(database, "relay_operator")) as connection:
