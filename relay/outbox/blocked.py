@@ -17,6 +17,9 @@ _RELOAD_S = 10.0
 _RELOAD_SHARE = 20
 """A look that took t seconds (a million paused rows: some) is repeated after this many t at the earliest."""
 
+_HEED_SHARE = 5
+"""The same where an operator acted. Any login can say so, again and again: events keep five sixths of the time."""
+
 
 class Blocked:
     """Knows it for the owner of a shard: as the tables said at the last look, and as what was parked and released since."""
@@ -30,7 +33,8 @@ class Blocked:
         self._lines: dict[Aggregate, int] = {}  # parked rows of each blocked aggregate
         self._refused: set[Aggregate] = set()  # of those, the ones that a refused row blocks
         self._clock = asyncio.get_running_loop().time
-        self._look_at = self._clock()
+        self._look_at = self._not_before = self._clock()
+        self._is_asked = False  # to look before the time
 
     @property
     def aggregates(self) -> AbstractSet[Aggregate]:
@@ -50,7 +54,7 @@ class Blocked:
     @property
     def may_change_unseen(self) -> bool:
         """True when there is something that an operator could free without a new event: worth a look while nothing happens."""
-        return self.rows > 0 or self.shard_is_paused
+        return self.rows > 0 or self.shard_is_paused or self._is_asked
 
     async def look(self) -> None:
         """Learn from the tables. Afterwards every blocked aggregate has a row that is tried, is paused, or is stuck."""
@@ -65,6 +69,14 @@ class Blocked:
         self._refused = {aggregate for aggregate, (_, refused) in found.items() if refused and aggregate is not None}
         took_s = self._clock() - started
         self._look_at = self._clock() + max(_RELOAD_S, took_s * _RELOAD_SHARE)
+        self._not_before = self._clock() + took_s * _HEED_SHARE
+        self._is_asked = False
+
+    async def heed(self) -> None:
+        """An operator acted: know what is paused at once, and look at all tables at once, or soon if that was just done."""
+        self.pauses = await self._store.pauses()
+        self._look_at = min(self._look_at, max(self._clock(), self._not_before))
+        self._is_asked = True
 
     def note(self, parked: Sequence[Parked]) -> None:
         """Rows have been parked."""

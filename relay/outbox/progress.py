@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 from relay.outbox.recent import Recent
 
 _RATE_S = 10.0
 """What "lately" means for a rate."""
+
+Suspicion = Literal["closed", "late"]
+"""Why a row is tried alone: it, or one beside it, closed the channel; or it was not confirmed in time."""
 
 
 class Rate:
@@ -57,7 +61,7 @@ class Progress:
 
     # What the next session must know, because the last one broke over a row.
     careful: int = 0  # rows still to be published one at a time, to find the one that closes the channel
-    careful_retry: bool = False  # the parked rows are tried alone
+    suspects: dict[int, Suspicion] = field(default_factory=dict)  # by id: parked rows to be tried alone
     unconfirmed: dict[int, int] = field(
         default_factory=dict
     )  # row id: how often it was not confirmed while others were

@@ -1,7 +1,8 @@
 """The parked rows of one shard: trying them again without disturbing live traffic.
 
 Heads are tried first; behind each that went out follows what waited behind it. A row that ended a session before (it closed
-the channel, or its queue never confirmed) is tried alone, on a connection of its own, beside the live traffic.
+the channel, or its queue never confirmed) is tried alone, beside the live traffic and all others. A portion that ends the
+session makes suspects of its rows: they are tried alone until the one to blame is found.
 """
 
 from __future__ import annotations
@@ -13,17 +14,14 @@ from typing import Literal
 
 import structlog
 
-from relay.errors import BrokerError
 from relay.message import Aggregate, Message, Row
+from relay.outbox.alone import Alone, Tried
 from relay.outbox.blocked import Blocked
 from relay.outbox.parking import Parked, is_done, refusal, unsendable
-from relay.outbox.progress import Progress
+from relay.outbox.progress import Progress, Suspicion
 from relay.outbox.store import Due, Store
-from relay.rabbitmq.contract import Outcome, Publisher, Refused, Unknown
+from relay.rabbitmq.contract import Publisher, Refused, Unknown
 from relay.settings import OutboxSettings
-
-_PROBES = 10
-"""Rows tried alone in one go: each may take the whole confirm time-out."""
 
 _AGGREGATES = 20
 _AGGREGATES_BESIDE_TRAFFIC = 10
@@ -34,9 +32,6 @@ _TRAFFICS_SHARE = 8
 
 _TRAFFIC_S = 1.0
 """So long after a page of new rows there is live traffic."""
-
-Probed = tuple[Due, Outcome | None]
-"""A row that was tried alone; None: the broker could not be reached, which says nothing about the row."""
 
 
 class Retry:
@@ -58,19 +53,16 @@ class Retry:
         self._store = store
         self._blocked = blocked
         self._publisher = publisher
-        self._probe = probe
         self._message = message
         self._settings = settings
         self._progress = progress
-        self._wake = wake
         self._log = log
         self._clock = asyncio.get_running_loop().time
         self._due_at: float | None = None
+        self._alone_at: float | None = None  # when a row is due that is tried alone
         self._not_before = 0.0  # while there is live traffic: until then the time is its own
         self._traffic_until = 0.0
-        self._probing: asyncio.Task[None] | None = None
-        self._tried: list[Probed] = []  # alone, and not settled yet
-        self._probed: set[int | Aggregate] = set()  # ids of the rows being tried alone, and their aggregates
+        self._alone = Alone(probe=probe, message=message, wake=wake, log=log)
 
     async def look(self) -> None:
         """Learn from the tables what is blocked, and when a parked row is due."""
@@ -83,15 +75,18 @@ class Retry:
         heads = [p for p in parked if p.is_head and not p.is_paused]
         for head in heads[:10]:
             self._tell("parked", head, "warning")
-        if heads:
+        if heads:  # of either kind: looking costs little
             due_at = self._clock() + self._settings.retry_first_s
             self._due_at = due_at if self._due_at is None else min(self._due_at, due_at)
+            self._alone_at = due_at if self._alone_at is None else min(self._alone_at, due_at)
 
     def within(self, seconds: float) -> float:
         """The shorter of `seconds` and the time until something is to be done here."""
         times = []
         if self._due_at is not None and not self._blocked.shard_is_paused:
             times.append(max(self._due_at, min(self._not_before, self._traffic_until)))
+        if self._alone_at is not None and self._alone.is_idle and not self._blocked.shard_is_paused:
+            times.append(self._alone_at)
         if self._blocked.may_change_unseen:
             times.append(self._blocked.look_at)
         return max(0.0, min([seconds, *(at - self._clock() for at in times)]))
@@ -101,41 +96,53 @@ class Retry:
         """True while a row is being tried alone, or is due: with those a drain is not done."""
         if self._blocked.shard_is_paused:
             return False
-        return self._probing is not None or (self._due_at is not None and self._due_at <= self._clock())
+        times = (self._due_at, self._alone_at)
+        return not self._alone.is_idle or any(at is not None and at <= self._clock() for at in times)
 
     def saw_traffic(self) -> None:
         """New rows are being published: for a while this takes no more than a bounded share of the time."""
         self._traffic_until = self._clock() + _TRAFFIC_S
 
     async def step(self) -> None:
-        """Settle what was tried alone, and try a portion of what is due. After it the publisher may be lost."""
-        await self.settle_probes()
+        """Go on with what is tried alone, and try a portion of what is due. After it the publisher may be lost."""
+        await self._step_alone()
         started = self._clock()
         traffic = started < self._traffic_until
         if self._due_at is None or started < self._due_at or (traffic and started < self._not_before):
             return
-        found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES)
+        found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES, list(self._suspects))
         held = await self._hold_paused(found)
-        due = [d for d in self._not_paused(found) if not self._is_probed(d.row)]
-        if not due and self._probing is None:
-            self._progress.careful_retry = False  # all that was suspect has been tried alone
+        due = [d for d in self._not_paused(found) if not self._alone.holds(d.row)]
         did = await self._try(_heads_first(due))
         await self._plan()
         if (
             not (did or held) and self._due_at is not None
-        ):  # what is due is being tried alone, or waits for its turn there
+        ):  # what is due is behind what is being tried alone, or a pause holds it
             self._due_at = max(self._due_at, self._clock() + self._settings.retry_first_s)
         self._not_before = self._clock() + _TRAFFICS_SHARE * (self._clock() - started)
 
+    async def settle_alone(self) -> None:
+        """Write down what has been tried alone, if the answer is there."""
+        if not self._alone.is_over:
+            return
+        tried = self._alone.take()
+        if tried is not None:
+            self._acquit(tried)
+            await self._settle([tried])
+        await self._plan()
+        if tried is None or tried[1] is None:
+            self._rest_alone()
+
     async def close(self) -> None:
         """End what is being tried alone: it is tried again by the next session."""
-        if self._probing is not None:
-            self._probing.cancel()
-            await asyncio.gather(self._probing, return_exceptions=True)
+        await self._alone.close()
 
     async def _plan(self) -> None:
-        wait_s = await self._store.next_attempt_s() if self._blocked.rows else None
-        self._due_at = None if wait_s is None else self._clock() + max(0.0, wait_s)
+        waits = await self._store.next_attempts_s(list(self._suspects)) if self._blocked.rows else (None, None)
+        now = self._clock()
+        self._due_at, self._alone_at = (None if wait_s is None else now + max(0.0, wait_s) for wait_s in waits)
+        if self._alone_at is None:
+            self._suspects.clear()  # those that are left have been taken away, or paused
 
     async def _hold_paused(self, due: Sequence[Due]) -> bool:
         """See that what a pause holds is not found due again and again, in the place of others. True if something was."""
@@ -148,34 +155,30 @@ class Retry:
         return [d for position, d in enumerate(due) if position not in held]
 
     async def _try(self, due: tuple[list[Due], list[Due]]) -> bool:
-        """True when something was sent, or began to be tried alone."""
+        """True when something was sent."""
         heads, behind = due
-        alone = [d for d in heads if d.alone or self._progress.careful_retry]
-        together = [d for d in heads if d not in alone]
-        probing = bool(alone) and self._probing is None
-        if probing:
-            self._start_probes(alone[:_PROBES])
-        held = {d.row.aggregate for d in alone}
-        settled = await self._send(together)
-        held |= {d.row.aggregate for d, outcome in settled if not is_done(d.row, outcome)}
+        settled = await self._send(heads)
+        held = {d.row.aggregate for d, outcome in settled if not is_done(d.row, outcome)}
         settled += await self._send([d for d in behind if d.row.aggregate not in held])
         await self._settle(settled)
-        return probing or bool(settled)
+        return bool(settled)
 
-    async def _send(self, due: Sequence[Due]) -> list[Probed]:
-        if not due:
+    async def _send(self, due: Sequence[Due]) -> list[Tried]:
+        if not due or self._publisher.lost is not None:
             return []
         outcomes = await self._publisher.publish([self._message(d.row) for d in due])
-        if self._publisher.message_is_suspect or any(isinstance(o, Unknown) and o.timed_out for o in outcomes):
-            self._progress.careful_retry = True  # one of them may be to blame: the next session tries them alone
+        closed = self._publisher.message_is_suspect
+        for d, outcome in zip(due, outcomes, strict=True):
+            if isinstance(outcome, Unknown) and (closed or outcome.timed_out):
+                self._suspects[d.row.id] = "late" if outcome.timed_out else "closed"
         return [
             (d, None if isinstance(outcome, Unknown) else outcome) for d, outcome in zip(due, outcomes, strict=True)
         ]
 
-    async def _settle(self, tried: Sequence[Probed]) -> None:
+    async def _settle(self, tried: Sequence[Tried]) -> None:
         """Write down what became of rows. Behind one that did not get through, its aggregate's rows stay where they are."""
         published: list[Row] = []
-        refused: list[tuple[Parked, int]] = []
+        refused: list[tuple[Parked, Due]] = []
         failed: set[Aggregate] = set()
         for due, outcome in tried:
             aggregate = due.row.aggregate
@@ -187,62 +190,59 @@ class Retry:
             if aggregate is not None:
                 failed.add(aggregate)
             if outcome is not None:
-                refused.append((refusal(due.row, outcome), due.attempts + 1))
+                refused.append((refusal(due.row, outcome), due))
         if published or refused:
             await self._write(published, refused)
 
-    async def _write(self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]) -> None:
+    async def _write(self, published: Sequence[Row], refused: Sequence[tuple[Parked, Due]]) -> None:
         gone, still = await self._store.unpark(published, refused)
-        first = sum(p.row.aggregate is None and attempts == 1 for p, attempts in refused)
+        first = sum(p.row.aggregate is None and due.attempts == 0 for p, due in refused)
         self._blocked.release(published, [p for p, _ in refused], gone, still, first_refusals=first)
         self._progress.unparked += len(gone)
         self._progress.confirmed += len(published)
         self._progress.recent.note(published)
         self._progress.changed.set()
         self._log.info("retried", published=len(published), refused=len(refused), still_parked=self._blocked.rows)
-        for parked, attempts in refused:
-            if attempts >= self._settings.max_attempts:
+        for parked, due in refused:
+            if due.attempts + 1 >= self._settings.max_attempts:
                 self._tell("stuck", parked, "error")
 
     # --- alone
 
-    def _start_probes(self, due: Sequence[Due]) -> None:
-        self._probed = {d.row.id for d in due} | {d.row.aggregate for d in due if d.row.aggregate is not None}
-        self._probing = asyncio.create_task(self._probe_each(due))
-        self._probing.add_done_callback(lambda _: self._wake())
+    @property
+    def _suspects(self) -> dict[int, Suspicion]:
+        return self._progress.suspects
 
-    def _is_probed(self, row: Row) -> bool:
-        return row.id in self._probed or (row.aggregate is not None and row.aggregate in self._probed)
+    async def _step_alone(self) -> None:
+        """Which row is sent is asked when the connection is there: until then operators may skip it, or pause it."""
+        await self.settle_alone()
+        if self._alone.wants_a_row:
+            self._alone.send(await self._next_alone())
+        elif self._alone.is_idle and self._alone_at is not None and self._clock() >= self._alone_at:
+            if await self._next_alone() is not None:
+                self._alone.begin()
+            else:
+                await self._plan()
+                self._rest_alone()
 
-    async def _probe_each(self, due: Sequence[Due]) -> None:
-        """Each result is there at once: a session that ends in the middle has counted what was tried."""
-        for d in due:
-            outcome = await self._probe_one(d)
-            self._tried.append((d, outcome))
-            self._wake()
+    def _rest_alone(self) -> None:
+        """Looking again at once would find the same."""
+        if self._alone_at is not None:
+            self._alone_at = max(self._alone_at, self._clock() + self._settings.retry_first_s)
 
-    async def _probe_one(self, due: Due) -> Outcome | None:
-        try:
-            async with self._probe() as publisher:
-                (outcome,) = await publisher.publish([self._message(due.row)])
-        except BrokerError as exc:
-            self._log.warning("probe_failed", row=due.row.id, error=type(exc).__name__, reason=str(exc))
-            return None
-        if isinstance(outcome, Unknown):
-            return Refused("unconfirmed", outcome.detail) if outcome.timed_out else None
-        return outcome
+    async def _next_alone(self) -> Due | None:
+        due = await self._store.due_alone(list(self._suspects))
+        return None if due is None or self._blocked.pauses.hold(due.row) else due
 
-    async def settle_probes(self) -> None:
-        """Write down what has been tried alone so far."""
-        tried, self._tried = self._tried, []
-        if tried:
-            await self._settle(tried)
-        if self._probing is not None and self._probing.done():
-            self._probing.result()
-            self._probing, self._probed = None, set()
-            await self._plan()
-        if any(outcome is None for _, outcome in tried):
-            self._due_at = max(self._due_at or 0.0, self._clock() + self._settings.retry_first_s)
+    def _acquit(self, tried: Tried) -> None:
+        """The row has had its trial. With the one found that closes the channel, the others that were sent beside it are free."""
+        due, outcome = tried
+        if outcome is None:
+            return
+        self._suspects.pop(due.row.id, None)
+        if isinstance(outcome, Refused) and outcome.reason == "refused":
+            for row in [row for row, why in self._suspects.items() if why == "closed"]:
+                del self._suspects[row]
 
     def _tell(self, event: str, parked: Parked, level: Literal["warning", "error"]) -> None:
         row = parked.row

@@ -79,7 +79,7 @@ class Shard:
             message=self._message,
             settings=settings,
             progress=progress,
-            wake=wakeup.event.set,
+            wake=wakeup.interrupt,
             log=self._log,
         )
 
@@ -123,7 +123,7 @@ class Shard:
                 await self._handle(page, following)
                 self._retry.saw_traffic()  # now, not before: a page can take longer than what counts as a while
             await self._save()
-            await self._retry.settle_probes()
+            await self._retry.settle_alone()
         finally:
             await self._retry.close()
             if following is not None:
@@ -133,8 +133,11 @@ class Shard:
 
     async def _look(self) -> None:
         """See what operators have done: at once when they say so, and now and then in any case."""
-        if self._wakeup.urgent.is_set() or self._clock() >= self._blocked.look_at:
-            self._wakeup.urgent.clear()
+        self._wakeup.urgent.clear()
+        if self._wakeup.acted:
+            self._wakeup.acted = False
+            await self._blocked.heed()
+        if self._clock() >= self._blocked.look_at:
             await self._retry.look()
             self._progress.looks += 1
             self._progress.changed.set()

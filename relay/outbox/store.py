@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
 from relay.errors import LeaseLost
 from relay.message import Aggregate, Row
@@ -26,7 +28,7 @@ class Due:
 
     row: Row
     attempts: int  # refusals so far
-    alone: bool  # it closed the channel, or was never confirmed: tried with nothing beside it
+    at: datetime | None = None  # since when it is due, None: it waits behind one that is
 
 
 class Store:
@@ -97,32 +99,34 @@ class Store:
                 done = await self._connection.execute(query("hold_due"), [row.id for row in rows])
         return done != "UPDATE 0"
 
-    async def due(self, aggregates: int) -> list[Due]:
-        """A portion of the parked rows that may be tried now, by id: so many heads, each with some of the rows behind it."""
+    async def due(self, aggregates: int, suspects: Sequence[int]) -> list[Due]:
+        """A portion of the parked rows that may be tried now, by id: so many heads, each with some of the rows behind it.
+
+        Without what is tried alone: `suspects`, and what closed the channel or was not confirmed in time.
+        """
         rows_each = 1 if self._settings.order == "strict" else _RETRY_ROWS_EACH
         with postgres_errors():
             records = await self._connection.fetch(
-                query("due_parked"), self._shard, aggregates, rows_each, self._settings.page_bytes
+                query("due_parked"), self._shard, aggregates, rows_each, self._settings.page_bytes, suspects
             )
-        return [
-            Due(
-                to_row(r, is_tombstone=r["is_tombstone"]),
-                r["attempts"],
-                alone=r["reason"] in ("refused", "unconfirmed"),
-            )
-            for r in records
-        ]
+        return [_to_due(r) for r in records]
 
-    async def next_attempt_s(self) -> float | None:
-        """Seconds until a parked row is due (negative: overdue); None when none ever will be."""
+    async def due_alone(self, suspects: Sequence[int]) -> Due | None:
+        """The parked row to be tried alone now, as the tables are at this moment."""
         with postgres_errors():
-            seconds: float | None = await self._connection.fetchval(query("next_parked_attempt"), self._shard)
-        return seconds
+            record = await self._connection.fetchrow(query("due_alone"), self._shard, suspects)
+        return None if record is None else _to_due(record)
+
+    async def next_attempts_s(self, suspects: Sequence[int]) -> tuple[float | None, float | None]:
+        """Seconds until a parked row is due, and until one that is tried alone (negative: overdue); None when none ever will be."""
+        with postgres_errors():
+            record = await self._connection.fetchrow(query("next_parked_attempt"), self._shard, suspects)
+        return (None, None) if record is None else (record["together_s"], record["alone_s"])
 
     async def unpark(
-        self, published: Sequence[Row], refused: Sequence[tuple[Parked, int]]
+        self, published: Sequence[Row], refused: Sequence[tuple[Parked, Due]]
     ) -> tuple[dict[int, bool], dict[Aggregate, bool]]:
-        """Remove the rows that went out, delay those that were refused again (with their refusals so far).
+        """Remove the rows that went out, delay those that were refused again.
 
         Returns the ids of those that were removed, and whether each had been refused before; and which of these aggregates are
         still blocked, and whether by a row that was refused. A row that an operator took out of the sequence while it was
@@ -189,10 +193,10 @@ class Store:
             [fate[2] for fate in fates],
         )
 
-    async def _delay(self, refused: Sequence[tuple[Parked, int]]) -> None:
+    async def _delay(self, refused: Sequence[tuple[Parked, Due]]) -> None:
         if not refused:
             return
-        fates = [self._fate(attempts=attempts) for _, attempts in refused]
+        fates = [self._fate(attempts=due.attempts + 1) for _, due in refused]
         await self._connection.execute(
             query("delay_parked"),
             [p.row.id for p, _ in refused],
@@ -202,6 +206,7 @@ class Store:
             [fate[1] for fate in fates],
             [fate[2] for fate in fates],
             [p.row.is_tombstone for p, _ in refused],
+            [due.at for _, due in refused],
         )
 
     def _first_fate(self, parked: Parked) -> tuple[str, int, float | None]:
@@ -219,3 +224,7 @@ class Store:
             attempts,
             retry_delay_s(attempts, first_s=self._settings.retry_first_s, longest_s=self._settings.retry_max_s),
         )
+
+
+def _to_due(record: Any) -> Due:
+    return Due(to_row(record, is_tombstone=record["is_tombstone"]), record["attempts"], record["next_attempt_at"])

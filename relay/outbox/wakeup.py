@@ -32,7 +32,9 @@ class Wakeup:
         self.event = asyncio.Event()
         """Set by a notification, by the loss of the connection, or by whoever wants the sleeper up."""
         self.urgent = asyncio.Event()
-        """Set by an operator's act and by all but producers: it also ends a nap. Cleared by who has looked."""
+        """Set by an operator's act and by all but producers: it also ends a nap. Cleared by who has got up."""
+        self.acted = False
+        """Operators have acted, by their own word. Cleared by who has looked."""
 
     def interrupt(self) -> None:
         """End a sleep or a nap: something else than a new event is to be seen to."""
@@ -86,6 +88,7 @@ class Wakeup:
         if payload == str(self._shard):  # only a hint: what is new, the log says
             self.event.set()
         elif payload == OPERATE:  # only a hint as well: the tables say what was done
+            self.acted = True
             self.interrupt()
 
     def _lost(self, _connection: Any) -> None:

@@ -93,6 +93,11 @@ ALTER TABLE relay.outbox_parked
   -- paused: an operator's pause holds it, whatever its reason
   ADD CONSTRAINT outbox_parked_state_is_known CHECK (state IN ('waiting', 'retrying', 'stuck', 'paused'));
 CREATE INDEX outbox_parked_paused ON relay.outbox_parked (shard) WHERE state = 'paused';
+-- What is tried alone and everything else, each with a queue of its own: however long one is, the other does not wait for it.
+CREATE INDEX outbox_parked_together ON relay.outbox_parked (shard, next_attempt_at)
+  WHERE state = 'retrying' AND reason NOT IN ('refused', 'unconfirmed');
+CREATE INDEX outbox_parked_alone ON relay.outbox_parked (shard, next_attempt_at)
+  WHERE state = 'retrying' AND reason IN ('refused', 'unconfirmed');
 
 -- A replay from the retained log: where it got to, so that it can be resumed.
 CREATE TABLE relay.outbox_replay (

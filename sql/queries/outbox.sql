@@ -140,24 +140,26 @@ ON CONFLICT (id) DO NOTHING
 -- name: due_parked
 -- The parked rows that may be tried now: of up to $2 due aggregates, their first rows in order, up to $3 rows each, and no
 -- further than the next row that has a fate of its own (it is tried at its own time, is stuck or paused).
+-- What is tried alone is not among them, see `due_alone`: else it would be all there is, for as long as that takes.
 -- Of a row that an operator took out of the sequence, the place and not the content: it goes out as a tombstone.
 -- Ends before the row that exceeds $4 bytes, never before its first row.
--- $1 shard, $2 aggregates, $3 rows of each, $4 bytes
+-- $1 shard, $2 aggregates, $3 rows of each, $4 bytes, $5 suspects (bigint[])
 SELECT * FROM (
   SELECT coalesce(sum(CASE WHEN t.id IS NULL THEN o.size END) OVER (ORDER BY o.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before,
          o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.size, o.content_type, o.routing_key, o.created_at,
          CASE WHEN t.id IS NULL THEN o.headers::text END AS headers, CASE WHEN t.id IS NULL THEN o.payload END AS payload,
-         CASE WHEN t.id IS NULL THEN o.body END AS body, t.id IS NOT NULL AS is_tombstone, r.attempts, r.reason
+         CASE WHEN t.id IS NULL THEN o.body END AS body, t.id IS NOT NULL AS is_tombstone, r.attempts, r.next_attempt_at
   FROM (
     SELECT id, aggregate_type, aggregate_id, seq FROM relay.outbox_parked
-    WHERE shard = $1 AND state = 'retrying' AND next_attempt_at <= now()
+    WHERE shard = $1 AND state = 'retrying' AND reason NOT IN ('refused', 'unconfirmed') AND next_attempt_at <= now()
+      AND id <> ALL ($5::bigint[])
     ORDER BY next_attempt_at LIMIT $2
   ) due
   CROSS JOIN LATERAL (
-    SELECT id, attempts, reason FROM relay.outbox_parked WHERE id = due.id
+    SELECT id, attempts, next_attempt_at FROM relay.outbox_parked WHERE id = due.id
     UNION ALL
-    SELECT b.id, 0, 'behind' FROM (
-      SELECT n.id, bool_and(n.state = 'waiting') OVER (ORDER BY n.seq) AS waiting FROM (
+    SELECT b.id, 0, NULL FROM (
+      SELECT n.id, bool_and(n.state = 'waiting' AND n.id <> ALL ($5::bigint[])) OVER (ORDER BY n.seq) AS waiting FROM (
         SELECT p.id, p.seq, p.state FROM relay.outbox_parked p
         WHERE p.aggregate_id = due.aggregate_id AND p.aggregate_type = due.aggregate_type AND p.seq > due.seq
         ORDER BY p.seq LIMIT $3 - 1
@@ -170,10 +172,53 @@ SELECT * FROM (
 WHERE bytes_before < $4
 ORDER BY id
 
+-- name: due_alone
+-- The row to be tried alone next: of those that closed the channel or were not confirmed in time, and of the suspects, the one that
+-- is due longest, is the first of its aggregate, and is not paused. A tombstone as in `due_parked`. No row: there is none now.
+-- OFFSET 0: each is looked up on its own, and no more of them than it takes.
+-- $1 shard, $2 suspects (bigint[])
+SELECT o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.content_type, o.routing_key, o.created_at,
+       CASE WHEN t.id IS NULL THEN o.headers::text END AS headers, CASE WHEN t.id IS NULL THEN o.payload END AS payload,
+       CASE WHEN t.id IS NULL THEN o.body END AS body, t.id IS NOT NULL AS is_tombstone, due.attempts, due.next_attempt_at
+FROM (
+  (SELECT p.id, p.attempts, p.next_attempt_at FROM relay.outbox_parked p
+   WHERE p.shard = $1 AND p.state = 'retrying' AND p.reason IN ('refused', 'unconfirmed') AND p.next_attempt_at <= now()
+     AND NOT EXISTS (SELECT FROM relay.outbox_parked e
+                     WHERE e.aggregate_id = p.aggregate_id AND e.aggregate_type = p.aggregate_type AND e.seq < p.seq OFFSET 0)
+     AND (SELECT NOT relay.outbox_is_paused(o.aggregate_type, o.aggregate_id, o.event_type)
+          FROM relay.outbox o WHERE o.shard = $1 AND o.id = p.id)
+   ORDER BY p.next_attempt_at LIMIT 1)
+  UNION ALL
+  (SELECT p.id, p.attempts, p.next_attempt_at FROM (
+     SELECT q.* FROM unnest($2::bigint[]) AS s (id)
+     CROSS JOIN LATERAL (SELECT * FROM relay.outbox_parked WHERE id = s.id OFFSET 0) q
+     WHERE q.state = 'retrying' AND q.next_attempt_at <= now()
+     ORDER BY q.next_attempt_at OFFSET 0
+   ) p
+   WHERE NOT EXISTS (SELECT FROM relay.outbox_parked e
+                     WHERE e.aggregate_id = p.aggregate_id AND e.aggregate_type = p.aggregate_type AND e.seq < p.seq OFFSET 0)
+     AND (SELECT NOT relay.outbox_is_paused(o.aggregate_type, o.aggregate_id, o.event_type)
+          FROM relay.outbox o WHERE o.shard = $1 AND o.id = p.id)
+   LIMIT 1)
+  ORDER BY next_attempt_at LIMIT 1
+) due
+JOIN relay.outbox o ON o.shard = $1 AND o.id = due.id
+LEFT JOIN relay.outbox_tombstone t ON t.id = o.id
+
 -- name: next_parked_attempt
--- Seconds until the next parked row is due, null if none will be.
--- $1 shard
-SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 FROM relay.outbox_parked WHERE shard = $1 AND state = 'retrying'
+-- Seconds until the next parked row is due, and until the next that is tried alone; null if none will be.
+-- $1 shard, $2 suspects (bigint[])
+SELECT extract(epoch FROM (
+         SELECT min(next_attempt_at) FROM relay.outbox_parked
+         WHERE shard = $1 AND state = 'retrying' AND reason NOT IN ('refused', 'unconfirmed') AND id <> ALL ($2::bigint[])
+       ) - now())::float8 AS together_s,
+       extract(epoch FROM least(
+         (SELECT min(next_attempt_at) FROM relay.outbox_parked
+          WHERE shard = $1 AND state = 'retrying' AND reason IN ('refused', 'unconfirmed')),
+         (SELECT min(q.next_attempt_at) FROM unnest($2::bigint[]) AS s (id)
+          CROSS JOIN LATERAL (SELECT next_attempt_at, state FROM relay.outbox_parked WHERE id = s.id OFFSET 0) q
+          WHERE q.state = 'retrying')
+       ) - now())::float8 AS alone_s
 
 -- name: unpark
 -- Removes rows that were published after all. One that went out as it was, and was taken out of the sequence meanwhile, stays:
@@ -190,15 +235,17 @@ RETURNING p.id, p.reason NOT IN ('paused', 'behind', 'tombstone') AS refused
 UPDATE relay.outbox_cursor SET high_id = greatest(high_id, $3), published = published + $4 WHERE shard = $1 AND epoch = $2 RETURNING shard
 
 -- name: delay_parked
--- A parked row was tried and refused again. What was paused meanwhile stays paused; what was taken out of the sequence
--- meanwhile is due at once, since what was refused is not what will be sent.
--- Arrays: $1 id, $2 reason, $3 detail, $4 state, $5 attempts, $6 delay until the next attempt (s, null when stuck), $7 as a tombstone
+-- A parked row was tried and refused again. What was paused meanwhile stays paused, and what an operator made due meanwhile stays
+-- due; what was taken out of the sequence meanwhile is due at once, since what was refused is not what will be sent.
+-- Arrays: $1 id, $2 reason, $3 detail, $4 state, $5 attempts, $6 delay until the next attempt (s, null when stuck), $7 as a tombstone,
+-- $8 when it was due, as it was read (null: it waited behind another)
 UPDATE relay.outbox_parked AS p
 SET reason = d.reason, detail = d.detail, attempts = d.attempts,
-    state = CASE WHEN p.state = 'paused' THEN 'paused' ELSE d.state END,
-    next_attempt_at = CASE WHEN p.state = 'paused' THEN NULL ELSE now() + make_interval(secs => d.delay_s) END
-FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::float8[], $7::boolean[])
-  AS d (id, reason, detail, state, attempts, delay_s, is_tombstone)
+    state = CASE WHEN p.state = 'paused' OR p.next_attempt_at IS DISTINCT FROM d.due_at THEN p.state ELSE d.state END,
+    next_attempt_at = CASE WHEN p.state = 'paused' OR p.next_attempt_at IS DISTINCT FROM d.due_at THEN p.next_attempt_at
+                           ELSE now() + make_interval(secs => d.delay_s) END
+FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::float8[], $7::boolean[], $8::timestamptz[])
+  AS d (id, reason, detail, state, attempts, delay_s, is_tombstone, due_at)
 WHERE p.id = d.id AND (d.is_tombstone OR NOT EXISTS (SELECT FROM relay.outbox_tombstone t WHERE t.id = p.id))
 
 -- name: promote_parked

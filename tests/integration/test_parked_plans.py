@@ -21,6 +21,7 @@ from tests.harness.outbox import connected
 
 LINES = 200  # aggregates with 100 parked rows each
 LONG = 20_000  # parked rows of one aggregate
+SUSPECTS = 40_000  # rows that are tried alone, due longer than all others
 EACH = 50
 PORTION = 10
 
@@ -40,7 +41,7 @@ async def session(dsn: str, request: pytest.FixtureRequest) -> AsyncIterator[Con
             for slot in range(4):
                 await db.execute(f"ALTER TABLE relay.outbox_{slot} SET (autovacuum_enabled = off)")
             await db.execute("ALTER TABLE relay.outbox_parked SET (autovacuum_enabled = off)")
-            await db.execute(_SEED.format(lines=LINES, long=LONG))
+            await db.execute(_SEED.format(lines=LINES, long=LONG, suspects=SUSPECTS))
             if "never" not in request.node.name:
                 await db.execute("ANALYZE")
     opened = await connect(PostgresSettings(dsn=SecretStr(dsn)), application="test plans")
@@ -63,16 +64,37 @@ INSERT INTO relay.outbox_parked (id, shard, aggregate_type, aggregate_id, seq, r
 SELECT id, 0, aggregate_type, aggregate_id, seq, CASE seq WHEN 1 THEN 'nacked' ELSE 'behind' END,
        CASE seq WHEN 1 THEN 'retrying' ELSE 'waiting' END, CASE seq WHEN 1 THEN now() - interval '1 minute' - id * interval '1 ms' END
 FROM relay.outbox;
+INSERT INTO relay.outbox (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, payload, size)
+SELECT {lines} * 100 + {long} + n, '700', 2, 0, 'hung', n::text, 1, 'Changed', '{{}}', 2 FROM generate_series(1, {suspects}) AS n;
+INSERT INTO relay.outbox_parked (id, shard, aggregate_type, aggregate_id, seq, reason, state, next_attempt_at)
+SELECT id, 0, aggregate_type, aggregate_id, seq, 'unconfirmed', 'retrying', now() - interval '1 day' FROM relay.outbox
+WHERE aggregate_type = 'hung';
 UPDATE relay.outbox_cursor SET snapshot = pg_current_snapshot();
 """
 
 
 async def test_a_portion_of_due_rows_reads_only_itself(session: Connection) -> None:
-    rows, blocks = await _explain(session, "due_parked", 0, PORTION, EACH, 8 * 1024 * 1024)
+    rows, blocks = await _explain(session, "due_parked", 0, PORTION, EACH, 8 * 1024 * 1024, [])
     assert rows == PORTION * EACH
     assert (
         blocks < PORTION * EACH * 14 + 200
     )  # of a parked row its index entry; of a row of the log four partitions' indexes
+
+
+async def test_a_portion_beside_suspects_of_its_own_kind_reads_past_those_only(session: Connection) -> None:
+    suspects = list(range(1, 51))
+    rows, blocks = await _explain(session, "due_parked", 0, PORTION, EACH, 8 * 1024 * 1024, suspects)
+    assert rows == PORTION * EACH
+    assert blocks < PORTION * EACH * 14 + 300
+
+
+@pytest.mark.parametrize("suspects", [[], list(range(1, 1001))])
+async def test_what_is_tried_alone_next_is_one_look_at_an_index(session: Connection, suspects: list[int]) -> None:
+    rows, blocks = await _explain(session, "due_alone", 0, suspects)
+    assert rows == 1
+    assert blocks < 150 + 4 * len(suspects)
+    _, blocks = await _explain(session, "next_parked_attempt", 0, suspects)
+    assert blocks < 30 + 4 * len(suspects)
 
 
 async def test_finding_the_next_head_does_not_read_the_whole_line(session: Connection) -> None:
@@ -82,17 +104,19 @@ async def test_finding_the_next_head_does_not_read_the_whole_line(session: Conne
 
 
 async def test_when_the_next_row_is_due_is_read_from_the_index(session: Connection) -> None:
-    rows, blocks = await _explain(session, "next_parked_attempt", 0)
+    rows, blocks = await _explain(session, "next_parked_attempt", 0, [])
     assert (rows, blocks < 20) == (1, True)
 
 
 async def test_a_look_at_everything_is_one_pass_over_the_parked_rows(session: Connection) -> None:
     rows, blocks = await _explain(session, "blocked_aggregates", 0)
-    assert rows == LINES + 1
-    assert blocks < 3 * (LINES * 100 + LONG)
+    assert rows == LINES + 1 + SUSPECTS
+    assert blocks < 3 * (LINES * 100 + LONG + SUSPECTS)
     for block in ("promote_headless", "hold_paused", "release_paused"):
         _, blocks = await _explain(session, block, 0)
-        assert blocks < 3 * (LINES * 100 + LONG), block
+        assert blocks < 3 * (LINES * 100 + LONG) + 12 * SUSPECTS, (
+            block
+        )  # of those that are tried, the event's type is asked
 
 
 async def test_whether_a_slot_is_needed_is_read_from_indexes(session: Connection) -> None:

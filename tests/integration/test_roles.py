@@ -115,7 +115,7 @@ OPERATOR_UPDATES = {
         *("event_type", "content_type", "headers", "body", "digest"),
         *("reason", "state", "attempts", "error", "next_attempt_at"),
     },
-    "inbox_gap": {"state", "next_ask_at", "detail"},
+    "inbox_gap": {"state", "next_ask_at", "detail", "asks", "dead_letters"},
     "inbox": {"next_take_at", "leads"},
     "inbox_quarantine": {"dismissed_at"},
 }
@@ -745,7 +745,7 @@ async def _until_due(connection: Connection) -> None:
     """Until a parked row may be tried again, by the database's clock."""
 
     async def due() -> bool:
-        wait_s: float = await connection.fetchval(query("next_parked_attempt"), 0)
+        wait_s: float = await connection.fetchval(query("next_parked_attempt"), 0, [])
         return wait_s <= 0
 
     await until(due)

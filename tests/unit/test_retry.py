@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -10,14 +11,14 @@ from typing import Any, cast
 import pytest
 import structlog
 
-from relay.message import Message, Row
+from relay.message import SEQUENCE, TOMBSTONE, Message, Row
 from relay.outbox.blocked import Blocked
 from relay.outbox.pause import Pauses
 from relay.outbox.progress import Progress
 from relay.outbox.retry import Retry
 from relay.outbox.routing import route
 from relay.outbox.store import Due, Store
-from relay.rabbitmq.contract import Confirmed, Outcome, Publisher
+from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Refused, Unknown
 from relay.settings import OutboxSettings
 from tests.unit.test_parking import rows
 
@@ -39,10 +40,10 @@ class Table:
     async def reconcile(self, _pauses: Pauses) -> bool:
         return False
 
-    async def next_attempt_s(self) -> float:
-        return -1.0
+    async def next_attempts_s(self, _suspects: Sequence[int]) -> tuple[float | None, float | None]:
+        return -1.0, None
 
-    async def due(self, aggregates: int) -> list[Due]:
+    async def due(self, aggregates: int, _suspects: Sequence[int]) -> list[Due]:
         self.asked += 1
         self.portions.append(aggregates)
         return self.rows
@@ -94,7 +95,14 @@ async def no_probe() -> AsyncIterator[Publisher]:
     yield cast("Publisher", Hanging())
 
 
-def a_retry(table: Table, publisher: object, *, probe: Any = no_probe, clock: Clock | None = None) -> Retry:
+def a_retry(
+    table: Table,
+    publisher: object,
+    *,
+    probe: Any = no_probe,
+    clock: Clock | None = None,
+    progress: Progress | None = None,
+) -> Retry:
     store = cast("Store", table)
     blocked = Blocked(store=store, shard=0)
     retry = Retry(
@@ -104,7 +112,7 @@ def a_retry(table: Table, publisher: object, *, probe: Any = no_probe, clock: Cl
         probe=probe,
         message=lambda row: route(row, source="s", template="{event_type}"),
         settings=OutboxSettings(),
-        progress=Progress(),
+        progress=progress or Progress(),
         wake=lambda: None,
         log=structlog.get_logger(),
     )
@@ -122,7 +130,7 @@ def clock() -> Clock:
 async def test_beside_live_traffic_retries_take_at_most_a_ninth_of_the_time(
     clock: Clock, portion_s: float, page_s: float
 ) -> None:
-    table = Table([Due(row, 1, alone=False) for row in rows(*(f"a{n}" for n in range(10)))])
+    table = Table([Due(row, 1) for row in rows(*(f"a{n}" for n in range(10)))])
     publisher = Slow(clock, portion_s)
     retry = a_retry(table, publisher, clock=clock)
     await retry.look()
@@ -137,7 +145,7 @@ async def test_beside_live_traffic_retries_take_at_most_a_ninth_of_the_time(
 
 
 async def test_with_nothing_beside_it_a_retry_has_all_the_time_in_larger_portions(clock: Clock) -> None:
-    table = Table([Due(row, 1, alone=False) for row in rows("a")])
+    table = Table([Due(row, 1) for row in rows("a")])
     retry = a_retry(table, Slow(clock, 0.1), clock=clock)
     await retry.look()
     retry.saw_traffic()
@@ -154,7 +162,7 @@ async def test_with_nothing_beside_it_a_retry_has_all_the_time_in_larger_portion
 
 
 async def test_a_shard_without_anything_else_to_do_sleeps_until_the_next_portion_may_begin(clock: Clock) -> None:
-    table = Table([Due(row, 1, alone=False) for row in rows("a")])
+    table = Table([Due(row, 1) for row in rows("a")])
     retry = a_retry(table, Slow(clock, 0.1), clock=clock)
     await retry.look()
     retry.saw_traffic()
@@ -162,17 +170,204 @@ async def test_a_shard_without_anything_else_to_do_sleeps_until_the_next_portion
     assert retry.within(60) == pytest.approx(0.8)  # not zero: that would be spinning
 
 
-async def test_more_suspects_than_are_tried_alone_at_once_do_not_make_it_spin() -> None:
-    table = Table([Due(row, 1, alone=True) for row in rows(*(f"a{n}" for n in range(11)))])
+class Parked(Table):
+    """Rows that leave when they are published; `alone` are tried alone, and wait long when they are refused again."""
+
+    def __init__(self, due: list[Due], *, alone: Sequence[int] = ()) -> None:
+        super().__init__(due)
+        self.alone = set(alone)
+        self.delayed: set[int] = set()
+
+    def _due(self, suspects: Sequence[int], *, alone: bool) -> list[Due]:
+        found = [d for d in self.rows if d.row.id not in self.delayed]
+        return [d for d in found if (d.row.id in self.alone or d.row.id in suspects) == alone]
+
+    async def next_attempts_s(self, suspects: Sequence[int]) -> tuple[float | None, float | None]:
+        together, alone = (self._due(suspects, alone=alone) for alone in (False, True))
+        return -1.0 if together else None, -1.0 if alone else None
+
+    async def due(self, aggregates: int, suspects: Sequence[int]) -> list[Due]:
+        self.asked += 1
+        return self._due(suspects, alone=False)[:aggregates]
+
+    async def due_alone(self, suspects: Sequence[int]) -> Due | None:
+        self.asked += 1
+        return next(iter(self._due(suspects, alone=True)), None)
+
+    async def unpark(self, published: Sequence[Row], refused: Any) -> tuple[dict[int, bool], dict[Any, bool]]:
+        gone = {row.id: True for row in published}
+        self.rows = [d for d in self.rows if d.row.id not in gone]
+        self.delayed |= {parked.row.id for parked, _ in refused}
+        return gone, {parked.row.aggregate: True for parked, _ in refused}
+
+
+class Broker:
+    """Opens publishers that close over one poisonous row, as the contract says it. Tells what was sent alone, and what in all."""
+
+    def __init__(self, poison: int | None = None) -> None:
+        self.poison = poison
+        self.alone: list[int] = []
+        self.sent: list[Message] = []
+        self.may_open = asyncio.Event()
+        self.may_open.set()
 
     @asynccontextmanager
-    async def probe() -> AsyncIterator[Publisher]:
-        yield cast("Publisher", Hanging())
+    async def probe(self) -> AsyncIterator[Publisher]:
+        publisher = self.open()
+        await self.may_open.wait()
+        yield cast("Publisher", publisher)
+        self.alone += publisher.sent
 
-    retry = a_retry(table, Hanging(), probe=probe)
+    def open(self) -> Poisoned:
+        return Poisoned(self)
+
+
+class Poisoned:
+    def __init__(self, broker: Broker) -> None:
+        self.broker = broker
+        self.lost: Exception | None = None
+        self.sent: list[int] = []
+
+    @property
+    def message_is_suspect(self) -> bool:
+        return self.lost is not None
+
+    async def publish(self, messages: Sequence[Message]) -> list[Outcome]:
+        ids = [cast("int", m.headers[SEQUENCE]) for m in messages]
+        self.sent += ids
+        self.broker.sent += messages
+        if self.broker.poison not in ids:
+            return [Confirmed() for _ in messages]
+        self.lost = RuntimeError("the channel was closed")
+        return [Unknown("gone")] * len(messages) if len(messages) > 1 else [Refused("refused", "too large")]
+
+
+async def test_many_rows_to_be_tried_alone_do_not_make_it_spin() -> None:
+    table = Parked([Due(row, 1) for row in rows(*(f"a{n}" for n in range(11)))], alone=range(1, 12))
+    retry = a_retry(table, Hanging())
     await retry.look()
     for _ in range(50):
         await retry.step()
-    assert table.asked == 2  # once to begin, once to see that the eleventh must wait
-    assert retry.within(60) > 0.5
+        await asyncio.sleep(0)
+    assert table.asked == 2  # whether there is one to be tried alone, and which, once its connection is open
+    assert retry.within(60) > 5  # its answer wakes the shard
     await retry.close()
+
+
+async def test_others_do_not_wait_for_what_is_tried_alone() -> None:
+    table = Parked([Due(row, 1) for row in rows(*(f"a{n}" for n in range(40)))], alone=range(1, 40))
+    broker = Broker()
+    retry = a_retry(table, broker.open())
+    await retry.look()
+    await retry.step()
+    assert [m.headers[SEQUENCE] for m in broker.sent] == [40]
+    await retry.close()
+
+
+async def test_a_row_that_was_skipped_while_the_connection_was_being_opened_is_not_sent_as_it_was() -> None:
+    skipped, gone = rows("a", "b")
+    table = Parked([Due(skipped, 1), Due(gone, 1)], alone=[1, 2])
+    broker = Broker()
+    broker.may_open.clear()
+    retry = a_retry(table, Hanging(), probe=broker.probe)
+    await retry.look()
+    await retry.step()
+    table.rows = [Due(dataclasses.replace(skipped, is_tombstone=True, body=b""), 1)]
+    broker.may_open.set()
+    await _steps(retry)
+    assert [(m.event_type, m.body) for m in broker.sent] == [(TOMBSTONE, b"")]
+
+
+async def test_when_nothing_is_left_to_be_tried_alone_the_open_connection_is_closed_unused() -> None:
+    table = Parked([Due(row, 1) for row in rows("a")], alone=[1])
+    broker = Broker()
+    broker.may_open.clear()
+    retry = a_retry(table, Hanging(), probe=broker.probe)
+    await retry.look()
+    await retry.step()
+    table.rows = []
+    broker.may_open.set()
+    await _steps(retry)
+    assert broker.sent == []
+    assert not retry.busy
+
+
+@pytest.mark.parametrize("place", [1, 3])
+async def test_suspects_are_tried_alone_until_the_one_that_closes_the_channel_is_found(place: int) -> None:
+    table = Parked([Due(row, 1) for row in rows(*(f"a{n}" for n in range(100)))])
+    broker = Broker(poison=place)
+    progress = Progress()
+    first = a_retry(table, broker.open(), probe=broker.probe, progress=progress)
+    await first.look()
+    await first.step()
+    assert len(progress.suspects) == 20
+    second = a_retry(table, broker.open(), probe=broker.probe, progress=progress)
+    await second.look()
+    await _steps(second)
+    assert broker.alone == list(range(1, place + 1))
+    assert [d.row.id for d in table.rows] == [place]
+    assert progress.suspects == {}
+
+
+async def test_what_was_late_stays_suspect_when_another_row_is_found_that_closes_the_channel() -> None:
+    """Sent together again, it would hold up the whole shard for another confirm time-out."""
+    table = Parked([Due(row, 1) for row in rows("a", "b", "c")])
+    broker = Broker(poison=1)
+    progress = Progress(suspects={1: "closed", 2: "closed", 3: "late"})
+    retry = a_retry(table, broker.open(), probe=broker.probe, progress=progress)
+    await retry.look()
+    await _steps(retry)
+    assert broker.alone == [1, 3]
+
+
+async def _steps(retry: Retry) -> None:
+    for _ in range(50):
+        await retry.step()
+        await asyncio.sleep(0)
+
+
+class Slowly(Table):
+    """A look at it takes a second."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__([Due(row, 1) for row in rows("a")])
+        self.clock = clock
+        self.looks = 0
+        self.paused: frozenset[int] = frozenset()
+
+    async def pauses(self) -> Pauses:
+        return Pauses(shards=self.paused)
+
+    async def blocked(self) -> dict[Any, tuple[int, int]]:
+        self.clock.now += 1.0
+        self.looks += 1
+        return await super().blocked()
+
+
+async def test_acts_are_looked_at_at_once_and_however_many_there_are_take_a_sixth_of_the_time(clock: Clock) -> None:
+    table = Slowly(clock)
+    blocked = Blocked(store=cast("Store", table), shard=0)
+    blocked._clock = clock.time
+    await blocked.look()
+    clock.now += 6
+    await blocked.heed()
+    assert blocked.look_at <= clock.now  # the first one
+    table.looks, begun = 0, clock.now
+    while clock.now - begun < 100:
+        await blocked.heed()
+        if clock.now >= blocked.look_at:
+            await blocked.look()
+        clock.now += 0.01
+    assert 15 <= table.looks <= 18
+
+
+async def test_a_pause_is_known_at_once_though_a_look_is_not_yet_due_again(clock: Clock) -> None:
+    table = Slowly(clock)
+    blocked = Blocked(store=cast("Store", table), shard=0)
+    blocked._clock = clock.time
+    await blocked.look()
+    table.paused = frozenset({0})
+    await blocked.heed()
+    assert blocked.shard_is_paused
+    assert clock.now < blocked.look_at <= clock.now + 5
+    assert blocked.may_change_unseen
