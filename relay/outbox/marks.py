@@ -65,7 +65,8 @@ class MarksService:
         self._pace = pace or Pace()
         self._clock = asyncio.get_running_loop().time
         self._told_unavailable = False
-        self._waiting: deque[Message] = deque()
+        self._waiting: deque[Message] = deque()  # of what is recent
+        self._swept_waiting: deque[Message] = deque()  # of the sweep
         self._swept: Aggregate | None = ("", "")  # where the sweep goes on; None: it is done
         self._sweep_at = 0.0
         self._history_at = 0.0
@@ -94,13 +95,14 @@ class MarksService:
             self._recent.wanted = False
 
     async def _pass(self, opened: Connection, target: Publisher) -> None:
-        """What is recent first; the sweep goes on only where nothing is left waiting."""
+        """What is recent first, and half of it is the sweep's, which goes on only where nothing of it is left waiting."""
         self._waiting.extend(self._messages(self._recent.take()))
-        if len(self._waiting) < _MESSAGES:
-            self._waiting.extend(await self._sweep(opened))
+        if not self._swept_waiting and len(self._waiting) < _MESSAGES:
+            self._swept_waiting.extend(await self._sweep(opened))
         while len(self._waiting) > _MESSAGES * 10:  # a mark that is left out is told by the sweep
             self._waiting.popleft()
-        portion = [self._waiting.popleft() for _ in range(min(_MESSAGES, len(self._waiting)))]
+        portion = _taken(self._waiting, max(_MESSAGES // 2, _MESSAGES - len(self._swept_waiting)))
+        portion += _taken(self._swept_waiting, _MESSAGES - len(portion))
         if not portion:
             return
         await target.publish(portion)  # what becomes of one mark is not worth asking: there will be another
@@ -179,3 +181,7 @@ class MarksService:
             yield publisher
         finally:
             await publisher.close()
+
+
+def _taken(waiting: deque[Message], most: int) -> list[Message]:
+    return [waiting.popleft() for _ in range(min(most, len(waiting)))]

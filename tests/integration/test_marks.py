@@ -174,6 +174,38 @@ async def test_marks_are_few_where_every_aggregate_has_a_routing_key_of_its_own(
     assert published == [100, 100, 100]
 
 
+async def test_a_sweep_over_many_routing_keys_leaves_none_out_however_much_is_recent(pair: Pair) -> None:
+    await pair.declare()
+    await pair.emit("order/0", 1)
+    await pair.publish()
+    await pair.db.execute("ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign")
+    await pair.db.execute(
+        "INSERT INTO relay.outbox (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, payload, size) "
+        "SELECT id + i, xid, slot, shard, 'order', i, 1, 'T', '1', 1 FROM relay.outbox, generate_series(1, 1500) i"
+    )
+    await pair.db.execute("INSERT INTO relay.outbox_aggregate SELECT 'order', i, 1 FROM generate_series(1, 1500) i")
+    recent = Recent()
+    settings = pair.producer.model_copy(
+        update={"outbox": pair.producer.outbox.model_copy(update={"routing_key": "{aggregate_type}.{aggregate_id}"})}
+    )
+    service = MarksService(settings, shard=0, source="shop", recent=recent, pace=RARE)
+    recent.wanted = True
+    told: set[str] = set()
+
+    class Target:
+        lost = None
+
+        async def publish(self, messages: list[Any]) -> None:
+            assert len(messages) <= 100
+            told.update(m.routing_key for m in messages)
+
+    async with connection(pair.producer.postgres, application="test") as opened:
+        for _ in range(31):
+            await service._pass(opened, Target())  # type: ignore[arg-type]
+            recent.note(a_named_row(f"new-{n}", 1) for n in range(500))
+    assert told >= {f"order.{n}" for n in range(1501)}
+
+
 def test_of_what_was_published_the_newest_is_remembered_and_no_content() -> None:
     recent = Recent()
     recent.note([a_named_row("1", 1)])

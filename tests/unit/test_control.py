@@ -95,9 +95,9 @@ def test_an_answer_arrives_as_it_was_sent(asked: list[Range], reason: Any) -> No
     assert to_control(delivered(gone_message(gone, reply_to="q", at=NOW))) == gone
 
 
-@given(st.lists(marks, min_size=1, max_size=5))
-def test_marks_arrive_as_they_were_sent(told: list[Mark]) -> None:
-    sent = Marks(source="shop", marks=tuple(told))
+@given(st.lists(marks, min_size=1, max_size=5), st.booleans())
+def test_marks_arrive_as_they_were_sent(told: list[Mark], retained: bool) -> None:
+    sent = Marks(source="shop", marks=tuple(told), retained=retained)
     assert to_control(delivered(marks_message(sent, routing_key="order.Paid", at=NOW))) == sent
 
 
@@ -138,6 +138,7 @@ HOSTILE: dict[str, Callable[[], Delivery]] = {
     "a_number_of_a_million_digits": lambda: signed(MARKS, b'{"marks": [["o", "1", ' + b"9" * 1_000_000 + b"]]}"),
     "a_whole_number_as_a_float": lambda: signed(MARKS, b'{"marks": [["o", "1", 1.0]]}'),
     "true_as_a_number": lambda: signed(MARKS, b'{"marks": [["o", "1", true]]}'),
+    "retained_as_a_number": lambda: signed(MARKS, b'{"marks": [["o", "1", 1]], "retained": 0}'),
     "zero": lambda: signed(MARKS, b'{"marks": [["o", "1", 0]]}'),
     "the_last_bigint": lambda: signed(MARKS, b'{"marks": [["o", "1", %d]]}' % MAX_SEQUENCE),
     "a_lone_surrogate": lambda: signed(MARKS, rb'{"marks": [["o", "\ud800", 1]]}'),

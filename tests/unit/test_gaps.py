@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from relay.control import Gone, Mark, Marks, Range
-from relay.inbox.gaps import LONGEST_DELAY_S, Gap, Need, newest, stuck_details
+from relay.inbox.gaps import LONGEST_DELAY_S, Gap, Need, beyond, newest, stuck_details
 from relay.inbox.healing import _Outstanding
 
 KEY = ("shop", "order", "42")
@@ -28,7 +28,9 @@ GAP = Gap(
     ("last_seq", "held_to", "first"),
     [(4, 4, 5), (4, 7, 8), (10, 10, 11), (12, 10, 13), (4, 10, 11), (4, 13, 11)],
 )
-def test_the_first_missing_number_follows_what_is_applied_and_what_is_held(last_seq: int, held_to: int, first: int) -> None:
+def test_the_first_missing_number_follows_what_is_applied_and_what_is_held(
+    last_seq: int, held_to: int, first: int
+) -> None:
     gap = replace(GAP, last_seq=last_seq, held_to=held_to)
     assert gap.first_missing == first
     assert (gap.need is Need.CLOSE) == (first > 10)
@@ -105,3 +107,30 @@ def test_what_is_said_names_the_numbers_and_what_to_do() -> None:
         "numbers 5 to 7 are not retained by source shop any more; to go on without: "
         "relay inbox skip order/42 --through 7, or seed the aggregate"
     )
+
+
+@pytest.mark.parametrize(
+    ("asks", "asked_from", "before", "now", "dies"),
+    [
+        (3, 5, 1, 2, True),
+        (2, 5, 1, 2, False),  # it may be on its way still
+        (3, 4, 1, 2, False),  # something has come
+        (3, 5, 1, 1, False),  # old dead letters: the relay does not answer
+        (3, 5, 1, None, False),  # not to be seen
+        (3, 5, None, 7, False),
+    ],
+)
+def test_what_is_sent_in_vain_dies_when_the_dead_letters_grow(
+    asks: int, asked_from: int, before: int | None, now: int | None, dies: bool
+) -> None:
+    assert replace(GAP, asks=asks, asked_from=asked_from, dead_letters=before).dies(now) is dies
+
+
+def test_only_what_was_never_given_out_is_beyond() -> None:
+    answers = [
+        Gone(source="shop", reason="not_retained", ranges=(Range("order", "42", 1, 4),)),
+        Gone(source="shop", reason="beyond", ranges=(Range("order", "42", 5, 100),)),
+    ]
+    details = stuck_details(answers, [GAP])
+    assert beyond(answers, details) == {KEY: 5}
+    assert beyond(answers[:1], details) == {}
