@@ -309,7 +309,7 @@ class TestTheMatrix:
                 "relay_consumer",
                 "inbox",
                 "SELECT",
-                {"id", "consumer", "source", "aggregate_type", "aggregate_id", "seq"},
+                {"id", "consumer", "source", "aggregate_type", "aggregate_id", "seq", "leads"},
             ),
             ("relay_consumer", "inbox", "UPDATE", {"leads"}),
             ("relay_taker", "inbox", "UPDATE", {"attempts", "error", "next_take_at", "leads"}),
