@@ -142,7 +142,7 @@ def resume(
     relay resume --type order
     relay resume --all
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    if all_pauses and (selection.is_bounded or shard is not None):
+    if all_pauses and (selection != Selection() or shard is not None):
         raise ConfigError("--all means everything: leave it out, or leave out what you name")
     act = Resume(replace(selection, everything=all_pauses), shard)
     carry_out(

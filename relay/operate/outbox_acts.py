@@ -139,9 +139,9 @@ class SkipNumber(Act):
         place = await self._place(connection)
         audit_id = await self.record(connection, operator, 1, [(self._type, self._id)])
         if place["parked_as"] is None:
-            await connection.execute(query("park_tombstone"), place["id"])
-        await _mark(connection, self.name, [place["id"]], audit_id)
-        return Done(rows=plan.rows, aggregates=plan.touched, audit_id=audit_id, notes=[_TOMBSTONES_GO_OUT])
+            await connection.execute(query("park_tombstone"), place["id"], place["shard"])
+        notes = await _mark(connection, self.name, [place["id"]], audit_id)
+        return Done(rows=plan.rows, aggregates=plan.touched, audit_id=audit_id, notes=notes)
 
     async def _place(self, connection: Connection) -> asyncpg.Record:
         with postgres_errors():
@@ -218,16 +218,23 @@ async def _locked(connection: Connection, act: Act, plan: Plan) -> list[asyncpg.
 async def _entomb(connection: Connection, act: Act, plan: Plan, operator: Operator) -> Done:
     rows = await _locked(connection, act, plan)
     audit_id = await act.record(connection, operator, len(rows), aggregates_of(rows))
-    await _mark(connection, act.name, [r["id"] for r in rows], audit_id)
+    notes = await _mark(connection, act.name, [r["id"] for r in rows], audit_id)
     if loose := [r["id"] for r in rows if r["aggregate_id"] is None]:
         await connection.execute(query("drop_unordered"), loose)
-    return _done(rows, plan, audit_id, [_TOMBSTONES_GO_OUT])
+    return _done(rows, plan, audit_id, notes)
 
 
-async def _mark(connection: Connection, act: str, ids: Sequence[int], audit_id: int) -> None:
+async def _mark(connection: Connection, act: str, ids: Sequence[int], audit_id: int) -> list[str]:
+    """Returns what happens next."""
     await connection.execute(query("mark_tombstones"), ids, act, audit_id)
     await connection.execute(query("release_marked"), ids)
     await connection.execute(query("notify_outbox"))
+    if not await connection.fetch(query("find_pauses")):
+        return [_TOMBSTONES_GO_OUT]
+    held: int = await connection.fetchval(query("held_by_pause"), ids)
+    if held == len(ids):
+        return ["paused: relay publishes the tombstones after `relay resume`, in order; consumers pass over them"]
+    return [_TOMBSTONES_GO_OUT, *([f"{held:,} of them after `relay resume`: paused"] if held else [])]
 
 
 def _done(rows: Sequence[asyncpg.Record], plan: Plan, audit_id: int, notes: list[str]) -> Done:

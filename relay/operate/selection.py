@@ -13,6 +13,10 @@ _LIKE = re.compile(r"([\\%_])")
 _WILD = re.compile(r"(?<!\\)\*")
 """An asterisk that stands for any characters; after a backslash it is an asterisk itself."""
 
+_ANY_AGGREGATE = re.compile(r"\*+/\*+")
+_IDLE = {"aggregate": "*/*", "error": "an empty error", "from_seq": "seq from 1", "older_than_s": "older than 0 s"}
+"""What excludes nothing, as people say it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -43,17 +47,35 @@ class Selection:
 
     @property
     def is_bounded(self) -> bool:
-        """True when at least one filter narrows it. (A consumer alone does not: it is the whole of an inbox.)"""
-        return any(getattr(self, f.name) is not None for f in fields(self) if f.name not in ("everything", "consumer"))
+        """True when at least one filter narrows it: `*/*` or `--seq 1-` exclude nothing, and a consumer alone is the whole of an inbox."""
+        return bool(self._given() - self._idle())
 
     def require_bounds(self) -> None:
         """Raise ConfigError for an act on everything that was not asked for as such, and for `--all` beside a filter."""
+        idle = [text for name, text in _IDLE.items() if name in self._idle()]
+        if idle and not self.is_bounded and not self.everything:
+            raise ConfigError(
+                f"what is given ({', '.join(idle)}) excludes nothing: name an aggregate (order/42) or a filter that does,"
+                " or say --all for everything"
+            )
         if not self.is_bounded and not self.everything:
             raise ConfigError(
                 "nothing is selected: name an aggregate (order/42) or a filter, or say --all for everything"
             )
         if self.is_bounded and self.everything:
             raise ConfigError("--all means everything: leave it out, or leave out the filters")
+
+    def _given(self) -> set[str]:
+        names = (f.name for f in fields(self) if f.name not in ("everything", "consumer"))
+        return {name for name in names if getattr(self, name) is not None}
+
+    def _idle(self) -> set[str]:
+        """The filters that are given and hold for every row."""
+        from_seq = self.from_seq is not None and self.from_seq <= 1
+        older_than_s = self.older_than_s is not None and self.older_than_s <= 0
+        aggregate = self.aggregate is not None and _ANY_AGGREGATE.fullmatch(self.aggregate) is not None
+        idle = {"from_seq": from_seq, "older_than_s": older_than_s, "aggregate": aggregate, "error": self.error == ""}
+        return {name for name, is_idle in idle.items() if is_idle}
 
     def parts(self) -> tuple[str, str] | None:
         """(aggregate type, aggregate id) as patterns for LIKE; None: no aggregate was given. Raises ConfigError for other texts."""

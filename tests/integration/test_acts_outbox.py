@@ -20,11 +20,14 @@ from relay.operate.outbox_acts import Purge, Retry, Skip, SkipNumber
 from relay.operate.outbox_pauses import Pause, Resume
 from relay.operate.selection import Selection, aggregate_text
 from relay.postgres.connect import Connection
+from relay.postgres.queries import query
 from relay.settings import Settings
 from tests.harness.acts import TESTER, act_on, audits, contents
 from tests.harness.audit import Audit, audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, until
 
+NOW = "relay publishes the tombstones now, in order; consumers pass over them"
+LATER = "paused: relay publishes the tombstones after `relay resume`, in order; consumers pass over them"
 TABLES = ("outbox_parked", "outbox_tombstone", "outbox_pause", "audit", "audit_aggregate")
 
 
@@ -422,6 +425,44 @@ class TestPause:
             await world.act(Resume(Selection(aggregate="stock/1")))
             await world.witness.wait_for(2, timeout_s=8)
         assert [(seq, dead) for _, seq, dead in world.seen()] == [(1, True), (2, False)]
+
+    @pytest.mark.parametrize(
+        ("pause", "said"),
+        [
+            (Pause(Selection(aggregate="stock/9")), [NOW]),
+            (Pause(Selection(aggregate="stock/1")), [NOW, "3 of them after `relay resume`: paused"]),
+            (Pause(Selection(event_type="Second")), [NOW, "2 of them after `relay resume`: paused"]),
+            (Pause(Selection(aggregate_type="stock")), [LATER]),
+            (Pause(Selection(), 0), [LATER]),
+        ],
+        ids=["of another", "of one of two", "of an event type, from its first event on", "of a type", "of a shard"],
+    )
+    async def test_tombstones_that_wait_for_the_resume_are_told(
+        self, tables: World, pause: Pause, said: list[str]
+    ) -> None:
+        """Also before the daemon has come to see the pause."""
+        await parked(tables, "stock/1", "nacked", count=3)
+        await parked(tables, "stock/2", "nacked")
+        await tables.db.execute("UPDATE relay.outbox SET event_type = 'Second' WHERE seq = 2")
+        await tables.act(pause)
+        assert (await tables.act(Purge(Selection(cause="nacked")))).notes == said
+
+    async def test_the_tombstone_of_a_published_number_waits_for_the_resume_as_well(self, tables: World) -> None:
+        await insert(tables.db, "stock/1")
+        await tables.db.execute("UPDATE relay.outbox_cursor SET snapshot = pg_current_snapshot()")
+        await tables.act(Pause(Selection(aggregate="stock/1")))
+        done = await tables.act(SkipNumber(Selection(aggregate="stock/1", from_seq=1, to_seq=1)))
+        assert done.notes == [LATER]
+
+
+async def test_parking_the_tombstone_of_a_published_row_looks_at_its_shard_only(tables: World) -> None:
+    """It is done while the cursor is locked."""
+    await tables.db.execute("SET enable_seqscan = off")
+    await tables.db.execute("PREPARE parking AS " + query("park_tombstone"))
+    plan = [r[0] for r in await tables.db.fetch("EXPLAIN EXECUTE parking (1, 0)")]
+    conditions = [line for line in plan if "Cond:" in line]
+    assert conditions
+    assert all("shard = " in line and "id = " in line for line in conditions), plan
 
 
 class TestCountedFirst:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from relay.cli.filters import selecting
+from relay.cli.main import cli
 from relay.errors import ConfigError
 from relay.operate.selection import Selection
 
@@ -120,3 +121,19 @@ def test_an_act_without_a_filter_is_refused_and_all_beside_one_as_well() -> None
     with pytest.raises(ConfigError, match="--all means everything"):
         selected("--all", "order/1", act=True)
     assert selected("--all", act=True) == Selection(everything=True)
+
+
+_ACTS = (("retry",), ("skip",), ("purge",), ("replay",), ("inbox", "retry"), ("inbox", "skip"), ("inbox", "purge"))
+
+
+@pytest.mark.parametrize("command", _ACTS, ids=" ".join)
+@pytest.mark.parametrize("nothing", [("*/*",), ("--seq", "1-"), ("--error", ""), ("--older-than", "0")], ids=str)
+def test_no_act_takes_a_filter_that_excludes_nothing_for_a_bound(
+    command: tuple[str, ...], nothing: tuple[str, ...]
+) -> None:
+    """Refused before anything is connected to."""
+    if command == ("replay",) and nothing[0] in ("--error", "--older-than"):
+        pytest.skip("not an option of this command")
+    nowhere = {"RELAY_POSTGRES_DSN": "postgresql://127.0.0.1:1/none", "RELAY_RABBITMQ_URL": "amqp://127.0.0.1:1/"}
+    result = CliRunner().invoke(cli, [*command, *nothing, "--yes"], env=nowhere)
+    assert (result.exit_code, "excludes nothing" in result.output) == (2, True)

@@ -32,7 +32,7 @@ class TestBounds:
             {"older_than_s": 60.0},
             {"since": datetime(2026, 1, 1, tzinfo=UTC)},
             {"until": datetime(2026, 1, 1, tzinfo=UTC)},
-            {"from_seq": 1},
+            {"from_seq": 2},
             {"to_seq": 1},
             {"ids": (1,)},
             {"source": "shop"},
@@ -43,6 +43,28 @@ class TestBounds:
         Selection(**one).require_bounds()  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="--all means everything"):
             Selection(**one, everything=True).require_bounds()  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("one", "named"),
+        [
+            ({"aggregate": "*/*"}, r"\*/\*"),
+            ({"aggregate": "**/*"}, r"\*/\*"),
+            ({"error": ""}, "an empty error"),
+            ({"from_seq": 1}, "seq from 1"),
+            ({"from_seq": 0}, "seq from 1"),
+            ({"older_than_s": 0.0}, "older than 0 s"),
+            ({"aggregate": "*/*", "error": "", "consumer": "billing"}, r"\*/\*, an empty error"),
+        ],
+    )
+    def test_a_filter_that_excludes_nothing_is_no_bound(self, one: dict[str, object], named: str) -> None:
+        with pytest.raises(ConfigError, match=rf"what is given \({named}\) excludes nothing: .*or say --all"):
+            Selection(**one).require_bounds()  # type: ignore[arg-type]
+        Selection(**one, everything=True).require_bounds()  # type: ignore[arg-type]
+        Selection(**one, cause="nacked").require_bounds()  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("aggregate", ["order/*", "*/42", r"\*/*", r"*/\*", "*/**1"])
+    def test_a_pattern_that_excludes_something_is_one(self, aggregate: str) -> None:
+        Selection(aggregate=aggregate).require_bounds()
 
     def test_all_is_enough(self) -> None:
         Selection(everything=True).require_bounds()
