@@ -11,6 +11,7 @@ from relay.message import TOMBSTONE, Message
 from relay.operate.outbox_acts import Retry, Skip
 from relay.operate.outbox_pauses import Pause
 from relay.operate.selection import Selection
+from relay.postgres.queries import query
 from relay.rabbitmq.contract import Outcome, Unknown
 from relay.rabbitmq.stock_publisher import StockPublisher
 from tests.harness.acts import act_on
@@ -64,6 +65,33 @@ async def test_what_is_skipped_or_paused_while_it_waits_for_its_turn_is_not_deli
             await wait_until(progress, lambda p: p.unparked == 2)
             told = sorted((m.headers["x-aggregate-id"], m.type, m.body) for m in witness.messages)
         assert told == [("last", "Changed", b'{"secret": 1}'), ("skipped", TOMBSTONE, b"")]
+
+
+async def test_the_tables_themselves_say_what_may_be_tried_alone_now(database: str, broker: str) -> None:
+    """The daemon may not have heard of an act yet: a row is passed over, and does not hold up the next, from the commit on."""
+    settings = settings_for(database, broker)
+    async with connected(database) as db:
+        for n in range(4):
+            await insert(db, f"bill/{n}", payload='{"secret": 1}')
+        await db.execute(_PARK)
+        await db.execute("UPDATE relay.outbox_parked SET next_attempt_at = next_attempt_at + id * interval '1 ms'")
+
+        async def next_alone(*suspects: int) -> tuple[str, bool, str | None]:
+            row = await db.fetchrow(query("due_alone"), 0, suspects)
+            assert row is not None
+            return row["aggregate_id"], row["is_tombstone"], row["payload"]
+
+        assert await next_alone() == ("0", False, '{"secret": 1}')
+        await act_on(settings, Pause(Selection(aggregate="bill/0")))
+        assert await next_alone() == ("1", False, '{"secret": 1}')
+        await db.execute("UPDATE relay.outbox_parked SET reason = 'unroutable' WHERE aggregate_id IN ('0', '1')")
+        assert (await next_alone())[0] == "2"
+        assert (await next_alone(1, 2))[0] == "1"  # suspects, by their ids: the paused one is passed over as well
+        await db.execute(
+            "UPDATE relay.outbox_parked SET state = 'stuck', next_attempt_at = NULL WHERE aggregate_id IN ('1', '3')"
+        )
+        await act_on(settings, Skip(Selection(aggregate="bill/2")))
+        assert await next_alone() == ("2", True, None)
 
 
 async def test_others_do_not_wait_for_rows_that_are_tried_alone(
