@@ -172,6 +172,40 @@ async def test_the_tombstone_of_a_published_row_does_not_disturb_a_line_that_is_
     assert told(witness) == [(1, "Good"), (1, TOMBSTONE)]
 
 
+async def test_a_row_that_may_close_the_channel_is_sent_alone_also_behind_a_tombstone(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = StockPublisher.publish
+    sent: list[list[tuple[Any, str]]] = []  # by connection
+    by_publisher: dict[StockPublisher, list[tuple[Any, str]]] = {}
+
+    async def noted(publisher: StockPublisher, messages: Sequence[Message]) -> list[Outcome]:
+        if publisher not in by_publisher:
+            sent.append(by_publisher.setdefault(publisher, []))
+        by_publisher[publisher] += [(m.headers["x-sequence"], m.event_type) for m in messages]
+        return await publish(publisher, messages)
+
+    async with audit(broker, "order.Good") as witness, connected(database) as db:
+        settings = settings_for(database, broker, outbox__max_attempts=1)
+        async with outbox_running(settings) as outbox:
+            progress = await shard_of(outbox)
+            for parked, kind in enumerate(("Good", "Lost", "Good")):
+                await insert(db, "order/1", event_type=kind)
+                await wait_until(progress, lambda p, parked=parked: p.confirmed == 1 and p.parked == parked)  # type: ignore[misc]
+        await witness.queue.bind(witness.exchange, "order.Lost")
+        async with db.transaction():
+            await db.execute(
+                "UPDATE relay.outbox_parked SET reason = 'refused', state = 'retrying', next_attempt_at = now() WHERE state = 'stuck'"
+            )
+            await park_published(db, 1)
+        monkeypatch.setattr(StockPublisher, "publish", noted)
+        async with outbox_running(settings):
+            await witness.wait_for(4)
+            await until(lambda: _left(db, 0))
+    assert sent == [[(1, TOMBSTONE), (3, "Good")], [(2, "Lost")]]
+    assert told(witness) == [(1, "Good"), (1, TOMBSTONE), (2, "Lost"), (3, "Good")]
+
+
 async def _left(db: Db, rows: int) -> bool:
     return bool(await db.fetchval("SELECT count(*) = $1 FROM relay.outbox_parked", rows))
 
