@@ -154,31 +154,38 @@ class Healing:
         self._tell_closed(await gaps.close(opened, self._consumer, closing))
         coming = [gap for gap in claimed if gap.need is Need.WAIT and (gap.is_coming or gap.key in self._outstanding)]
         missing = [gap for gap in claimed if gap not in closing and gap not in coming]
-        written = [self._still_coming(gap) for gap in coming] + await self._asked(opened, asker, missing, room)
-        new = await gaps.write_asked(opened, self._consumer, written)
-        self._tell_new(new, {a.gap.key: a.gap for a in written})
+        await self._write(opened, [self._still_coming(gap) for gap in coming])
+        await self._ask_for(opened, asker, missing, room)
         return len(claimed)
 
-    async def _asked(self, opened: Connection, asker: Asker, missing: Sequence[Gap], room: int) -> list[Asked]:
+    async def _ask_for(self, opened: Connection, asker: Asker, missing: Sequence[Gap], room: int) -> None:
+        """Written down first: the answer may be the end of this process, and such a request must count as well."""
         if not missing:
-            return []
+            return
         each = min(gaps.NUMBERS_EACH, max(1, room // len(missing)))
         ranges = await gaps.missing(opened, self._consumer, missing, each)
         wanted = [gap for gap in missing if gap.key in ranges]  # of the others, what was missing has just come
         if not self._settings.inbox.repair:
             detail = "inbox.repair is off: it is not asked for"
-            return [Asked(gap=gap, asks=0, asked_to=None, delay_s=_OFF_DELAY_S, detail=detail) for gap in wanted]
+            off = [Asked(gap=gap, asks=0, asked_to=None, delay_s=_OFF_DELAY_S, detail=detail) for gap in wanted]
+            await self._write(opened, off)
+            return
         dead = await asker.dead_letters()
         dying = [gap for gap in wanted if gap.dies(dead)]
         await self._give_up(opened, dying)
         wanted = [gap for gap in wanted if gap not in dying]
         if not wanted:
-            return []
-        details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
+            return
         numbers = await gaps.asked_numbers(opened, self._consumer)
         numbers += sum(len(r) for gap in wanted for r in ranges[gap.key])
-        asked = [self._as_asked(gap, ranges[gap.key], details.get(gap.key), numbers / _SLOWEST) for gap in wanted]
-        return [replace(a, dead_letters=_fewest(a.gap, dead)) for a in asked]
+        asked = [self._as_asked(gap, ranges[gap.key], numbers / _SLOWEST, dead) for gap in wanted]
+        await self._write(opened, asked)
+        details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
+        await self._write(opened, [self._not_asked(a, details[a.gap.key]) for a in asked if a.gap.key in details])
+
+    async def _write(self, opened: Connection, written: Sequence[Asked]) -> None:
+        new = await gaps.write_asked(opened, self._consumer, written)
+        self._tell_new(new, {a.gap.key: a.gap for a in written})
 
     async def _give_up(self, opened: Connection, dying: Sequence[Gap]) -> None:
         """Do not send again what ends its consumer: the delivery limit has taken it out of the queue for that."""
@@ -191,19 +198,29 @@ class Healing:
         for key, detail in stuck:
             log.error("gap_stuck", consumer=self._consumer, source=key[0], aggregate="/".join(key[1:]), reason=detail)
 
-    def _as_asked(self, gap: Gap, ranges: Sequence[Range], detail: str | None, queued_s: float) -> Asked:
-        """`detail`: why it could not be asked for. `queued_s`: how long it may take until all that was asked for has come."""
-        delay_s = gap.delay_s(self._alert_s) + (0.0 if detail else queued_s)
-        if detail is None:
-            now = self._clock()
-            until = now + min(delay_s, max(self._alert_s, _STALLED_S) + queued_s)
-            self._outstanding[gap.key] = _Outstanding(sum(map(len, ranges)), gap.first_missing, now, until)
-            if gap.asks:
-                detail = (
-                    f"asked {gap.asks + 1} times, and nothing has come: is `relay run` of source {gap.key[0]} running, "
-                    "and are its events published?"
-                )
-        return Asked(gap=gap, asks=gap.asks + 1, asked_to=ranges[-1].to_seq, delay_s=delay_s, detail=detail)
+    def _as_asked(self, gap: Gap, ranges: Sequence[Range], queued_s: float, dead_letters: int | None) -> Asked:
+        """`queued_s`: how long it may take until all that was asked for has come. `dead_letters`: as many there are now."""
+        now, delay_s, detail = self._clock(), gap.delay_s(self._alert_s) + queued_s, None
+        until = now + min(delay_s, max(self._alert_s, _STALLED_S) + queued_s)
+        self._outstanding[gap.key] = _Outstanding(sum(map(len, ranges)), gap.first_missing, now, until)
+        if gap.asks:
+            detail = (
+                f"asked {gap.asks + 1} times, and nothing has come: is `relay run` of source {gap.key[0]} running, "
+                "and are its events published?"
+            )
+        return Asked(
+            gap=gap,
+            asks=gap.asks + 1,
+            asked_to=ranges[-1].to_seq,
+            delay_s=delay_s,
+            detail=detail,
+            dead_letters=_fewest(gap, dead_letters),
+        )
+
+    def _not_asked(self, asked: Asked, detail: str) -> Asked:
+        """It could not be asked for, and why."""
+        self._outstanding.pop(asked.gap.key, None)
+        return replace(asked, delay_s=asked.gap.delay_s(self._alert_s), detail=detail)
 
     def _still_coming(self, gap: Gap) -> Asked:
         """What was asked for is on its way: do not ask for it twice. Of what has come in part, the rest is asked for anew."""

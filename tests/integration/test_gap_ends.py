@@ -13,7 +13,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from relay.control import MARKS, Mark, Marks, marks_message
+from relay.inbox.asking import Asker
 from relay.inbox.healing import Healing
+from relay.inbox.sequencer import Key
 from relay.operate.inbox_acts import Purge, Retry
 from relay.operate.inbox_cursors import Reset
 from relay.operate.selection import Selection
@@ -64,6 +66,23 @@ async def test_old_dead_letters_do_not_end_a_gap_whose_relay_does_not_answer(pai
         async with pair.inbox():
             gap = await pair.gap("asks >= 4")
     assert (gap["state"], gap["dead_letters"]) == ("open", 1)
+
+
+async def test_a_request_is_counted_before_its_answer_can_end_the_process(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    async def ask(_: Asker, missing: Any) -> dict[Key, str]:
+        counted.append(await pair.consumer_db.fetchval("SELECT asks FROM relay.inbox_gap"))
+        return {}
+
+    monkeypatch.setattr(Asker, "ask", ask)
+    await pair.declare(marks=False)
+    await pair.send_row(a_row(2))
+    async with pair.inbox():
+        await until(lambda: _is(len(counted) >= 2))
+    assert counted[:2] == [1, 2]
 
 
 # --- holes far behind
@@ -325,6 +344,10 @@ async def forget(pair: Pair) -> None:
 async def send_marks(pair: Pair, marks: Marks) -> None:
     message = marks_message(marks, routing_key="order.Changed", at=datetime.now(UTC))
     await pair.send(message.body, **signed(MARKS, message.body))
+
+
+async def _is(true: bool) -> bool:
+    return true
 
 
 async def drained(queue: Any) -> list[Any]:
