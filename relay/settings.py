@@ -164,7 +164,7 @@ class OutboxSettings(_Section):
         100_000,
         ge=1,
         le=1_000_000_000,
-        description="With more parked rows than this the shard pauses instead of hiding an outage in a table. Rows that an operator paused do not count.",
+        description="With more rows than this refused, or waiting behind a refused one, the shard pauses instead of hiding an outage in a table. What an operator paused does not count.",
     )
     retention_s: float = Field(
         4 * 86400,
@@ -258,6 +258,12 @@ class InboxSettings(_Section):
         default_factory=dict,
         description="SQL functions as handlers, by event type (`*`: all others): `OrderPaid=billing.order_paid` is called as `billing.order_paid(event relay.event)`.",
     )
+
+    @field_validator("bindings", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        """A TOML text is read as the environment's is: one pattern, or several with commas."""
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _relations(self) -> InboxSettings:
