@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,12 @@ _SHOWN = 80
 
 _WIDE = 1000
 """Width for a pipe: nothing is wrapped there, so that grep finds it."""
+
+_BETWEEN = 2
+"""Blanks between two columns."""
+
+_WRAPPED = 20
+"""Least width in which a free text is wrapped."""
 
 _CONTENT = 4000
 """Characters of a payload that are printed; --json has more."""
@@ -114,16 +121,25 @@ def line(text: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, indent: int = 2) -> None:
-    """Rows under their columns; numbers to the right. Columns without any content are left out."""
+    """Rows under their columns; numbers to the right. Columns without any content are left out.
+
+    Only the last column, which is for free text, is wrapped. What else is in a table is there to be copied, so a table that does not fit
+    is wider than the terminal, and has one line for each row.
+    """
     cells = [["" if c is None else c for c in row] for row in rows]
     kept = [i for i in range(len(columns)) if any(str(row[i]) not in ("", "–") for row in cells)]
-    grid = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for i in kept:
+    widths = [max(cell_len(text) for text in (columns[i], *(_cell(row[i]) for row in cells))) for i in kept]
+    wraps = bool(kept) and kept[-1] == len(columns) - 1
+    room = _width() - indent - sum(widths[:-1]) - _BETWEEN * len(widths[:-1])
+    if wraps and _WRAPPED <= room < widths[-1]:
+        widths[-1] = room
+    grid = Table(box=None, pad_edge=False, show_edge=False, padding=(0, _BETWEEN, 0, 0), header_style="dim")
+    for i, width in zip(kept, widths, strict=True):
         right = all(isinstance(row[i], int | float) or row[i] in ("", "–") for row in cells)
-        grid.add_column(Text(columns[i]), justify="right" if right else "left", overflow="fold", no_wrap=False)
+        grid.add_column(Text(columns[i]), justify="right" if right else "left", overflow="fold", width=width)
     for row in cells:
         grid.add_row(*(Text(_cell(row[i])) for i in kept))
-    console = Console(width=_width() - indent, highlight=False, soft_wrap=False, file=None)
+    console = Console(width=sum(widths) + _BETWEEN * len(widths), highlight=False, soft_wrap=False, file=None)
     with console.capture() as captured:
         console.print(grid)
     for text in captured.get().splitlines():

@@ -10,7 +10,7 @@ import click
 
 from relay.cli.display import aggregate, ago, content, duration, line, plural, print_json, shorten, table, until
 from relay.cli.filters import selecting
-from relay.cli.looking import again, json_option, limit_option, look_at, payload_option
+from relay.cli.looking import again, json_option, limit_option, look_at, nothing, payload_option
 from relay.cli.options import config_option, set_option
 from relay.operate import inbox_look as operate
 from relay.operate.inbox_look import Held, Missing, Quarantined, QuarantinedContent
@@ -48,7 +48,7 @@ def held(
     relay inbox held --cause failed --error KeyError
     relay inbox held --state stuck --payload
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    found, bodies, more, now = look_at(
+    found, bodies, more, now, empty = look_at(
         config, assignments, lambda look: _held(look, selection, after or 0, limit, payload=payload), command="held"
     )
     if as_json:
@@ -56,7 +56,7 @@ def held(
         print_json(told | ({"payloads": bodies} if payload else {}))
         return
     if not found:
-        line("Nothing is held." if after is None else "Nothing further is held.")
+        line(empty if after is None else "Nothing further is held.")
         return
     table(
         ("id", "consumer", "source", "aggregate", "seq", "event", "held", "why", "state", "attempts", "next", "error"),
@@ -75,11 +75,18 @@ def held(
 
 async def _held(
     look: Look, selection: Selection, after: int, limit: int, *, payload: bool
-) -> tuple[tuple[Held, ...], dict[int, Content], bool, datetime]:
+) -> tuple[tuple[Held, ...], dict[int, Content], bool, datetime, str]:
     found = await operate.held(look, selection, after_id=after, limit=limit + 1)
     shown = found[:limit]
     bodies = await operate.held_contents(look, [h.id for h in shown]) if payload else {}
-    return shown, bodies, len(found) > limit, look.now
+    total = 0 if found or selection == Selection() else await operate.held_total(look)
+    others = _are(plural(total, "message"), total, "held") if total else None
+    empty = nothing(look, "inbox", said="Nothing is held", others=others)
+    return shown, bodies, len(found) > limit, look.now, empty
+
+
+def _are(told: str, count: int, state: str) -> str:
+    return f"{told} {'is' if count == 1 else 'are'} {state}"
 
 
 @click.command("gaps")
@@ -98,12 +105,14 @@ def gaps(config: Path | None, assignments: tuple[str, ...], *, as_json: bool, li
     open: the producer's relay is asked for the missing numbers, again and again. stuck: it has them no longer, and the aggregate
     waits for you: relay inbox skip TYPE/ID --through N gives them up.
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    (total, found), now = look_at(config, assignments, lambda look: _gaps(look, selection, limit), command="gaps")
+    (total, found), now, empty = look_at(
+        config, assignments, lambda look: _gaps(look, selection, limit), command="gaps"
+    )
     if as_json:
         print_json({"total": total, "gaps": found})
         return
     if not found:
-        line("Nothing is missing.")
+        line(empty)
         return
     table(
         ("consumer", "source", "aggregate", "applied", "missing", "numbers", "held", "since", "found by", "state", "asked", "next", "answer"),
@@ -111,12 +120,15 @@ def gaps(config: Path | None, assignments: tuple[str, ...], *, as_json: bool, li
         indent=0,
     )  # fmt: skip
     line()
-    shown = f"; the longest known {len(found):,} are shown (--limit)" if total > len(found) else ""
+    shown = f"; the longest known are shown: {len(found):,} (--limit)" if total > len(found) else ""
     line(f"{plural(total, 'gap')}{shown}.")
 
 
-async def _gaps(look: Look, selection: Selection, limit: int) -> tuple[tuple[int, tuple[Missing, ...]], datetime]:
-    return await operate.gaps(look, selection, limit=limit), look.now
+async def _gaps(look: Look, selection: Selection, limit: int) -> tuple[tuple[int, tuple[Missing, ...]], datetime, str]:
+    found = await operate.gaps(look, selection, limit=limit)
+    total = 0 if found[0] or selection == Selection() else (await operate.gaps(look, Selection(), limit=1))[0]
+    others = _are(plural(total, "gap"), total, "known") if total else None
+    return found, look.now, nothing(look, "inbox", said="Nothing is missing", others=others)
 
 
 def _gap(g: Missing, now: datetime) -> tuple[str | int | None, ...]:
@@ -169,7 +181,7 @@ def quarantine(
     another content.
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     chosen = selection if dismissed or selection.cause in ("skipped", "purged") else replace(selection, state="open")
-    found, bodies, more, now = look_at(
+    found, bodies, more, now, empty = look_at(
         config, assignments, lambda look: _quarantine(look, chosen, after, limit, payload=payload), command="quarantine"
     )
     if as_json:
@@ -177,7 +189,7 @@ def quarantine(
         print_json(told | ({"payloads": bodies} if payload else {}))
         return
     if not found:
-        line("The quarantine is empty." if after is None else "Nothing further is in quarantine.")
+        line(empty if after is None else "Nothing further is in quarantine.")
         return
     table(
         ("id", "consumer", "reason", "received", "aggregate", "seq", "message id", "exchange", "routing key", "dismissed", "what was said"),
@@ -192,11 +204,14 @@ def quarantine(
 
 async def _quarantine(
     look: Look, selection: Selection, after: int | None, limit: int, *, payload: bool
-) -> tuple[tuple[Quarantined, ...], dict[int, QuarantinedContent], bool, datetime]:
+) -> tuple[tuple[Quarantined, ...], dict[int, QuarantinedContent], bool, datetime, str]:
     found = await operate.quarantine(look, selection, after_id=after, limit=limit + 1)
     shown = found[:limit]
     bodies = await operate.quarantine_contents(look, [q.id for q in shown]) if payload else {}
-    return shown, bodies, len(found) > limit, look.now
+    total = 0 if found or replace(selection, state=None) == Selection() else await operate.quarantine_total(look)
+    others = _are(plural(total, "message"), total, "in quarantine") if total else None
+    empty = nothing(look, "inbox", said="Nothing is in quarantine", others=others)
+    return shown, bodies, len(found) > limit, look.now, empty
 
 
 def _quarantined(q: Quarantined, now: datetime) -> tuple[str | int | None, ...]:

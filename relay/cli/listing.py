@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import click
 
 from relay.cli.display import aggregate, ago, content, line, plural, print_json, shorten, size, table, until
 from relay.cli.filters import selecting
-from relay.cli.looking import again, json_option, limit_option, look_at, payload_option
+from relay.cli.looking import again, json_option, limit_option, look_at, nothing, payload_option
 from relay.cli.options import config_option, set_option
 from relay.cli.show import acts_table
 from relay.errors import ConfigError
 from relay.operate import listing as operate
-from relay.operate.audit_look import acts
+from relay.operate.audit_look import Act, acts, any_act
 from relay.operate.listing import Listing, Page
 from relay.operate.look import Look
 from relay.operate.rows import Content, SeenRow, contents
@@ -56,30 +57,33 @@ def listing(
     insertion.
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     page = Page(after=after, newest_first=not oldest_first, limit=limit)
-    found, bodies = look_at(
+    found, bodies, empty = look_at(
         config, assignments, lambda look: _ask(look, selection, page, payload=payload), command="list"
     )
     if as_json:
         told: dict[str, object] = {f: getattr(found, f) for f in found.__dataclass_fields__}
         print_json(told | ({"payloads": bodies} if payload else {}))
         return
-    _show(found, page)
+    _show(found, page, empty)
     for row in found.rows if payload else ():
         line(f"{row.id}: {content(bodies.get(row.id))}")
 
 
-async def _ask(look: Look, selection: Selection, page: Page, *, payload: bool) -> tuple[Listing, dict[int, Content]]:
+async def _ask(
+    look: Look, selection: Selection, page: Page, *, payload: bool
+) -> tuple[Listing, dict[int, Content], str]:
     found = await operate.listing(look, selection, page)
     bodies: dict[int, Content] = {}
     if payload:
         for shard in {row.shard for row in found.rows}:
             bodies |= await contents(look, shard, [row.id for row in found.rows if row.shard == shard])
-    return found, bodies
+    said = "The outbox retains no row" if selection == Selection() else "No row matches the filters"
+    return found, bodies, nothing(look, "outbox", said=said, others=None)
 
 
-def _show(found: Listing, page: Page) -> None:
+def _show(found: Listing, page: Page, empty: str) -> None:
     if not found.rows:
-        line("No row is selected." if page.after is None else "No further row is selected.")
+        line(empty if page.after is None else "No further row is selected.")
         return
     table(
         ("id", "aggregate", "seq", "event", "inserted", "size", "state", "why", "attempts", "next", "what was said"),
@@ -110,6 +114,21 @@ def _row(row: SeenRow, now: datetime) -> tuple[str | int | None, ...]:
     )
 
 
+ACTS = ("retry", "skip", "purge", "pause", "resume", "replay", "abandon", "reset", "seed", "dismiss")
+
+
+def _act(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str | None, str | None]:
+    """Callback of --act: (side, act), either None for any; also as the table has it, `inbox skip`."""
+    if value is None:
+        return None, None
+    name = value.removeprefix("inbox ").removeprefix("outbox ")
+    if name not in ACTS:
+        raise click.BadParameter(
+            f"{value!r} is no act: {', '.join(ACTS)}, for the inbox's acts also 'inbox skip' and the like"
+        )
+    return (None if name == value else value.partition(" ")[0]), name
+
+
 @click.command("audit")
 @config_option
 @set_option
@@ -119,8 +138,9 @@ def _row(row: SeenRow, now: datetime) -> tuple[str | int | None, ...]:
 @click.option("--side", type=click.Choice(["outbox", "inbox"]), help="Acts on this side only.")
 @click.option(
     "--act",
+    callback=_act,
     metavar="ACT",
-    help="Acts of this name only: retry, skip, purge, pause, resume, replay, reset, seed, dismiss.",
+    help=f"Acts of this name only: {', '.join(ACTS)}; 'inbox skip' for the inbox's.",
 )
 @click.option("--who", metavar="TEXT", help="By whom: a part of the name.")
 @selecting("outbox", without=("aggregate_type", "event_type", "cause", "state", "error", "older_than", "seq", "ids"))
@@ -132,11 +152,13 @@ def audit(
     limit: int,
     after: int | None,
     side: str | None,
-    act: str | None,
+    act: tuple[str | None, str | None],
     who: str | None,
     selection: Selection,
 ) -> None:
-    """What operators did, the newest first: who, when, what, why, and to how many rows.
+    """What operators did: who, when, what, why, how many rows.
+
+    The newest first.
 
     \b
     relay audit --since 1d
@@ -145,26 +167,31 @@ def audit(
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     if selection.aggregate is not None and selection.exact() is None:
         raise ConfigError(f"{selection.aggregate!r}: acts are found for one aggregate, without *")
-    found = look_at(
-        config,
-        assignments,
-        lambda look: acts(
-            look,
-            aggregate=selection.exact(),
-            side=side,
-            act=act,
-            who=who,
-            since=selection.since,
-            until=selection.until,
-            after_id=after,
-            limit=limit,
-        ),
-        command="audit",
+    of_side, name = act
+    if side is not None and of_side not in (None, side):
+        raise ConfigError(f"--act '{of_side} {name}' is not an act on the {side}: leave --side out")
+    asked = partial(
+        acts,
+        aggregate=selection.exact(),
+        side=side or of_side,
+        act=name,
+        who=who,
+        since=selection.since,
+        until=selection.until,
     )
+    is_filtered = selection != Selection() or any((side, name, who))
+
+    async def ask(look: Look) -> tuple[tuple[Act, ...], str]:
+        found = await asked(look, after_id=after, limit=limit)
+        if not found and is_filtered and await any_act(look):
+            return found, f"Nothing matches; without the filters acts are recorded in database {look.database}."
+        return found, f"No act is recorded in database {look.database}."
+
+    found, empty = look_at(config, assignments, ask, command="audit")
     if as_json:
         print_json({"acts": found})
     elif not found:
-        line("No act is recorded." if after is None else "No further act is recorded.")
+        line(empty if after is None else "No further act is recorded.")
     else:
         columns, rows = acts_table(found)
         table(columns, rows, indent=0)

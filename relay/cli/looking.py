@@ -7,9 +7,10 @@ import shlex
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from relay.cli.options import settings_from
 from relay.operate.look import Look, looking
@@ -36,6 +37,31 @@ def look_at(
             return await ask(look)
 
     return asyncio.run(run())
+
+
+def here(command: str) -> str:
+    """The command, for the database that this one looks at: with the -c and --set that were given to it."""
+    context = click.get_current_context()
+    given: list[str] = []
+    if context.get_parameter_source("config") is ParameterSource.COMMANDLINE:
+        given += ["-c", str(context.params["config"])]
+    for assignment in context.params.get("assignments", ()):
+        given += ["--set", assignment]
+    return " ".join([command, *map(shlex.quote, given)])
+
+
+RIGHT_ONE = "(--config, or RELAY_POSTGRES_DSN)"
+
+
+def nothing(look: Look, side: Literal["outbox", "inbox"], *, said: str, others: str | None) -> str:
+    """Why there is nothing to show: the wrong database, filters that hold for none of the `others`, or really nothing."""
+    if side == "inbox" and not look.inbox:
+        return f"There is no inbox in database {look.database}: nothing was consumed there. Is postgres.dsn the consumer's? {RIGHT_ONE}"
+    if side == "outbox" and not look.outbox:
+        return f"There is no outbox in database {look.database}: nothing was published from there. Is postgres.dsn the producer's? {RIGHT_ONE}"
+    if others is not None:
+        return f"Nothing matches; without the filters {others} in database {look.database}."
+    return f"{said} in database {look.database}."
 
 
 def again(after: int) -> str:

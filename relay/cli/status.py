@@ -21,7 +21,7 @@ from relay.cli.display import (
     size,
     table,
 )
-from relay.cli.looking import json_option, look_at
+from relay.cli.looking import here, json_option, look_at
 from relay.cli.options import config_option, set_option
 from relay.operate import status as operate
 from relay.operate.status import ConsumerStatus, OutboxStatus, ShardStatus, Status
@@ -32,7 +32,7 @@ from relay.operate.status import ConsumerStatus, OutboxStatus, ShardStatus, Stat
 @set_option
 @json_option
 def status(config: Path | None, assignments: tuple[str, ...], *, as_json: bool) -> None:
-    """How both sides are doing, and whether anything needs a person.
+    """How both sides are, and whether anything needs a person.
 
     \b
     relay status
@@ -41,6 +41,9 @@ def status(config: Path | None, assignments: tuple[str, ...], *, as_json: bool) 
 
     Looks at the database of postgres.dsn and tells what it holds: a producer's outbox, consumers' inboxes, or both. Needs the
     rights of relay_monitor, and no broker.
+
+    Scripts: --json, whose `problems` is empty when nothing needs a person; each has a `text` and a `command`. The exit code is 0
+    either way.
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     found = look_at(config, assignments, operate.status, command="status")
     if as_json:
@@ -64,8 +67,8 @@ def _show(found: Status) -> None:
         line("Nothing needs a person.")
         return
     for problem in found.problems:
-        line(f"! {problem.text}: {problem.command}")
-    line(f"This needs a person. Next: {found.problems[0].command}")
+        line(f"! {problem.text}: {here(problem.command)}")
+    line(f"This needs a person. Next: {here(found.problems[0].command)}")
 
 
 def _outbox(outbox: OutboxStatus, now: datetime) -> None:

@@ -46,6 +46,12 @@ async def acts(
     return tuple(act_of(r) for r in found)
 
 
+async def any_act(look: Look) -> bool:
+    """True when anything at all was done."""
+    nothing = dict.fromkeys(("aggregate", "side", "act", "who", "since", "until", "after_id"))
+    return bool(await acts(look, **nothing, limit=1))
+
+
 def act_of(record: asyncpg.Record) -> Act:
     """From a record of relay.audit whose selection is text."""
     return Act(**{**record, "selection": json.loads(record["selection"])})

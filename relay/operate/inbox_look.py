@@ -101,6 +101,16 @@ async def held(look: Look, selection: Selection, *, after_id: int, limit: int) -
     return tuple(Held(**r, error=errors.get(r["id"])) for r in found)
 
 
+async def held_total(look: Look) -> int:
+    """How many messages are held, of whomever."""
+    return sum(r["rows"] for r in await look.fetch("see_held_counts"))
+
+
+async def quarantine_total(look: Look) -> int:
+    """How many messages in quarantine nobody has dismissed."""
+    return sum(r["messages"] for r in await look.fetch("see_quarantine_counts"))
+
+
 async def held_contents(look: Look, row_ids: Sequence[int]) -> dict[int, Content]:
     """Contents of held messages by id. Needs relay_operator."""
     return shown(await look.fetch("see_held_contents", list(row_ids), SHOWN_BYTES + 1))

@@ -5,6 +5,7 @@ The figures are counted where they are small or bounded: a backlog beyond COUNTE
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,9 +20,6 @@ COUNTED = 100_000
 
 LOOKED_AT = 10_000
 """Aggregates with stored events that are looked at for what is stranded: a tenth of a second. A running inbox walks through all."""
-
-_QUIET_REPLAY_S = 60.0
-"""A replay that has written nothing for so long was interrupted: nobody is running it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +84,7 @@ class UnfinishedReplay:
     total: int
     started_at: datetime
     updated_at: datetime
-    running: bool  # it has told of itself within the last minute
+    running: bool  # a process holds its lock: it is sending
     who: str
 
 
@@ -183,6 +181,15 @@ def problems(outbox: OutboxStatus | None, inbox: tuple[ConsumerStatus, ...]) -> 
     return found
 
 
+def resume(pause: Pause) -> str:
+    """The command that ends a pause."""
+    option = {"aggregate": "", "aggregate_type": "--type ", "event_type": "--event-type ", "shard": "--shard "}[
+        pause.scope
+    ]
+    what = pause.what.replace("*", r"\*") if pause.scope == "aggregate" else pause.what
+    return f"relay resume {option}{shlex.quote(what)}"
+
+
 async def _outbox(look: Look) -> OutboxStatus:
     parked = {r["shard"]: r for r in await look.fetch("see_parked")}
     retained = {r["shard"]: r for r in await look.fetch("see_retained")}
@@ -212,7 +219,7 @@ async def _outbox(look: Look) -> OutboxStatus:
     return OutboxStatus(
         shards=tuple(shards),
         pauses=await pauses(look),
-        replays=tuple(_replay(look, r) for r in await look.fetch("see_replays")),
+        replays=tuple(_replay(r) for r in await look.fetch("see_replays")),
         retained_bytes=next((r["bytes"] for r in retained.values()), 0),
     )
 
@@ -255,9 +262,11 @@ def _outbox_problems(outbox: OutboxStatus) -> list[Problem]:
                 Problem(text=f"{_count(s.parked.stuck, 'aggregate')} stuck in the outbox", command="relay stuck")
             )
         if not s.owner_alive and (s.backlog.rows or s.parked.rows):
-            found.append(Problem(text=f"rows wait, and no relay publishes shard {s.shard}", command="relay run"))
+            rows = "rows wait" if s.backlog.rows else "parked rows wait"
+            found.append(Problem(text=f"{rows}, and no relay publishes shard {s.shard}", command="relay run"))
     if outbox.pauses:
-        found.append(Problem(text=f"{_count(len(outbox.pauses), 'pause')} in effect", command="relay resume"))
+        command = resume(outbox.pauses[0]) if len(outbox.pauses) == 1 else "relay resume --all"
+        found.append(Problem(text=f"{_count(len(outbox.pauses), 'pause')} in effect", command=command))
     for replay in outbox.replays:
         if not replay.running:
             found.append(
@@ -333,7 +342,7 @@ def _pause(r: asyncpg.Record) -> Pause:
     return Pause(scope=r["scope"], what=what, paused_at=r["paused_at"], who=r["who"], why=r["why"])
 
 
-def _replay(look: Look, r: asyncpg.Record) -> UnfinishedReplay:
+def _replay(r: asyncpg.Record) -> UnfinishedReplay:
     return UnfinishedReplay(
         id=r["id"],
         to_queue=r["to_queue"],
@@ -341,6 +350,6 @@ def _replay(look: Look, r: asyncpg.Record) -> UnfinishedReplay:
         total=r["total"],
         started_at=r["started_at"],
         updated_at=r["updated_at"],
-        running=(look.age_s(r["updated_at"]) or 0.0) < _QUIET_REPLAY_S,
+        running=r["running"],
         who=r["who"],
     )

@@ -84,6 +84,11 @@ async def stuck(look: Look, selection: Selection, *, by_cause: bool, limit: int)
     )
 
 
+async def blocked_in_all(look: Look) -> int:
+    """How much is blocked, whatever the filters."""
+    return (await stuck(look, Selection(), by_cause=False, limit=1)).total
+
+
 async def _arguments(look: Look, selection: Selection) -> list[Any]:
     pattern = containing(selection.error)
     if pattern is not None and look.inbox and not look.errors:

@@ -84,8 +84,10 @@ FROM relay.outbox_pause p JOIN relay.audit a ON a.id = p.audit_id
 ORDER BY p.paused_at, p.id
 
 -- name: see_replays
--- Replays that were begun and not finished: running now, or interrupted.
-SELECT r.id, r.to_queue, r.total, r.sent, r.started_at, r.updated_at, a.who, a.why
+-- Replays that were begun and not finished: running now (a session holds the lock 727011/id), or interrupted.
+SELECT r.id, r.to_queue, r.total, r.sent, r.started_at, r.updated_at, a.who, a.why, EXISTS (
+  SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.granted AND l.classid = 727011 AND l.objid = (r.id % 2147483648)::int::oid AND l.objsubid = 2
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS running
 FROM relay.outbox_replay r JOIN relay.audit a ON a.id = r.audit_id
 WHERE r.state = 'unfinished'
 ORDER BY r.id

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from relay.cli.display import aggregate, ago, clock, content, duration, plural, shorten, size, until
+from relay.cli.display import aggregate, ago, clock, content, duration, plural, shorten, size, table, until
 from relay.operate.rows import Content
 
 NOW = datetime(2026, 3, 1, 3, 0, tzinfo=UTC)
@@ -57,3 +57,29 @@ def test_contents_are_escaped_and_cut() -> None:
     assert content(Content(text="x" * 5000, hex=None, cut=False)) == "x" * 4000 + "… (cut; --json has more)"
     assert content(Content(text=None, hex="ff00", cut=False)) == "(not text) ff00"
     assert content(None) == "(no longer retained)"
+
+
+COLUMNS = ("aggregate", "cause", "id", "what was said")
+SAID = "the broker said no, and no again"
+
+
+def _table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, aggregate: str) -> list[str]:
+    monkeypatch.setenv("COLUMNS", "60")
+    table(COLUMNS, [(aggregate, "unroutable", "4711", SAID)], indent=0)
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+def test_of_a_table_only_the_free_text_is_wrapped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *more = _table(capsys, monkeypatch, "shipment/7")
+    assert first.startswith("shipment/7  unroutable  4711  the broker")
+    assert more
+    assert f"{first} {' '.join(line.strip() for line in more)}".endswith(SAID)
+
+
+def test_a_table_that_does_not_fit_is_wider_than_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"shipment/{'7' * 40}"
+    assert _table(capsys, monkeypatch, name) == [f"{name}  unroutable  4711  {SAID}"]
