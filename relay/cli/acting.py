@@ -24,11 +24,12 @@ from typing import Any
 
 import click
 
-from relay.errors import ConfigError, Declined
+from relay.errors import ConfigError, Declined, NothingSelected
 from relay.log import printable
 from relay.message import Aggregate
 from relay.operate.act import PLANS, SAMPLE, Act, Done, Plan, counted, perform
 from relay.operate.audit import Operator, person
+from relay.operate.place import OutboxPlace, outbox_place
 from relay.operate.selection import aggregate_text, require_text
 from relay.postgres.connect import Connection, close, connect
 from relay.postgres.migrate import require_current
@@ -80,16 +81,27 @@ def acting(command: Command) -> Command:
 
 
 def carry_out(
-    settings: Settings, act: Act, way: Way, *, consequence: str, unit: str = "row", what: str | None = None
+    settings: Settings,
+    act: Act,
+    way: Way,
+    *,
+    consequence: str,
+    unit: str = "row",
+    what: str | None = None,
+    force: bool = False,
 ) -> None:
     """Count, show, ask, do, tell. `consequence`: what a yes means, in one sentence. `what`: in place of how many `unit`s.
 
-    Raises NothingSelected, Declined after a no, ConfigError where nobody can be asked, and what PostgreSQL raises.
+    `force`: whatever the plan names as an obstacle. Raises NothingSelected, Declined after a no, ConfigError where nobody can be asked, and what PostgreSQL raises.
     """
     operator = way.operator
     with session(settings.postgres, application=f"relay {act.name}") as (run, connection):
-        plan = run(act.plan(connection))
-        words = _Words(plan.unit or unit, what)
+        place = run(outbox_place(connection)) if act.side == "outbox" else None
+        with _doubted(act, place):
+            plan = run(act.plan(connection))
+        words = _Words(plan.unit or unit, what, _place(plan, place))
+        if plan.obstacle is not None and not force and not way.dry_run:
+            raise ConfigError(f"{plan.obstacle}; or say --force. Nothing was changed")
         if way.dry_run or not plan.rows:
             _tell(act, way, plan, None, words)
             return
@@ -97,14 +109,27 @@ def carry_out(
         _tell(act, way, plan, run(perform(connection, act, plan, operator)), words)
 
 
+_BOTH_SIDES = ("retry", "skip", "purge")
+
+
+@contextmanager
+def _doubted(act: Act, place: OutboxPlace | None) -> Iterator[None]:
+    """Where nothing is selected in an outbox that was never used: it may be the wrong database."""
+    try:
+        yield
+    except NothingSelected as exc:
+        if place is None or not place.doubt:
+            raise
+        other = f" Of the inbox: relay inbox {act.name}" if place.consumers and act.name in _BOTH_SIDES else ""
+        raise NothingSelected(f"{exc} But {place.doubt}{other}") from exc
+
+
 def ask(way: Way, show: Callable[[], None], consequence: str) -> None:
     """Show what would happen and ask, on standard error. Raises Declined, or ConfigError where there is nobody to ask."""
     if way.yes:
         return
     if not has_terminal():
-        raise ConfigError(
-            "nobody can be asked without a terminal: say --yes to do it, or --dry-run to see what it would do"
-        )
+        raise ConfigError("no terminal to ask on: add --yes to do it, or --dry-run to see what it would do")
     show()
     try:
         with _interruptible():
@@ -113,7 +138,7 @@ def ask(way: Way, show: Callable[[], None], consequence: str) -> None:
         click.echo(err=True)
         agreed = False
     if not agreed:
-        raise Declined("as you say: nothing was changed")
+        raise Declined("nothing was changed")
 
 
 @contextmanager
@@ -178,6 +203,7 @@ class _Words:
 
     unit: str
     what: str | None
+    place: str
 
     def amount(self, rows: int, aggregates: int) -> str:
         """How many of what."""
@@ -201,7 +227,7 @@ _PAST = {
 def _show(act: Act, plan: Plan, words: _Words, *, err: bool = True) -> None:
     """What would be done: before the question, and as the answer to --dry-run."""
     sample = "" if words.what is not None else _sample(plan)
-    _say(f"would {act.name} {words.amount(plan.rows, plan.touched)} in {_place(act, plan)}{sample}", err=err)
+    _say(f"would {act.name} {words.amount(plan.rows, plan.touched)} in {words.place}{sample}", err=err)
     for note in plan.notes:
         _say(f"  {note}", err=err)
 
@@ -218,7 +244,7 @@ def _tell(act: Act, way: Way, plan: Plan, done: Done | None, words: _Words) -> N
             _say(f"{words.what or act.name}: nothing to do")
         else:
             amount = words.amount(done.rows, done.aggregates)
-            _say(f"{_PAST.get(act.name, act.name)} {amount} in {_place(act, plan)} (audit {done.audit_id})")
+            _say(f"{_PAST.get(act.name, act.name)} {amount} in {words.place} (audit {done.audit_id})")
         for note in notes:
             _say(f"  {note}")
 
@@ -239,8 +265,8 @@ def as_json(act: Act, plan: Plan, done: Done | None, *, dry_run: bool) -> dict[s
     }
 
 
-def _place(act: Act, plan: Plan) -> str:
-    return "the outbox" if act.side == "outbox" else f"the inbox of consumer {plan.consumer}"
+def _place(plan: Plan, place: OutboxPlace | None) -> str:
+    return f"the inbox of consumer {plan.consumer}" if place is None else f"the outbox of database {place.database}"
 
 
 def _sample(plan: Plan) -> str:

@@ -104,8 +104,11 @@ _RESETTABLE = ("event_type", "cause", "state", "error", "older_than", "since", "
     metavar="N",
     help="What has been applied, as far as the cursors will say.",
 )
+@click.option("--force", is_flag=True, help="Also while a consumer is connected.")
 @acting
-def reset(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, to: int, way: Way) -> None:
+def reset(
+    config: Path | None, assignments: tuple[str, ...], *, selection: Selection, to: int, force: bool, way: Way
+) -> None:
     """Move cursors back, so that events are applied again: for a rebuild of what your service keeps.
 
     Cursors move back only. What is held stays and waits for its turn again. With --all (of one consumer) events that
@@ -116,7 +119,8 @@ def reset(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
     2. clear your own tables                    4. relay replay --all --to-queue billing   (at the producer)
                                                 5. start the inbox daemon
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
-    _carry_out(config, assignments, Reset(selection, to), way, "Events that come again are applied again.", "cursor")
+    consequence = "Events that come again are applied again."
+    _carry_out(config, assignments, Reset(selection, to), way, consequence, "cursor", force=force)
 
 
 @click.command()
@@ -136,14 +140,21 @@ def dismiss(config: Path | None, assignments: tuple[str, ...], *, selection: Sel
 
 
 def _carry_out(
-    config: Path | None, assignments: tuple[str, ...], act: InboxAct, way: Way, consequence: str, unit: str = "message"
+    config: Path | None,
+    assignments: tuple[str, ...],
+    act: InboxAct,
+    way: Way,
+    consequence: str,
+    unit: str = "message",
+    *,
+    force: bool = False,
 ) -> None:
     settings = settings_from(config, assignments)
     if act.selection.consumer is None and settings.inbox.consumer is not None:
         act.selection = replace(act.selection, consumer=settings.inbox.consumer)
     if act.selection.consumer == "":
         raise ConfigError("--consumer is empty")
-    carry_out(settings, act, way, consequence=consequence, unit=unit)
+    carry_out(settings, act, way, consequence=consequence, unit=unit, force=force)
 
 
 COMMANDS: tuple[click.Command, ...] = (retry, skip, purge, reset, dismiss)

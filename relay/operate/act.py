@@ -21,6 +21,7 @@ from relay.errors import NothingSelected, PostgresUnavailable
 from relay.message import Aggregate
 from relay.operate.audit import Operator, Side, record
 from relay.operate.selection import Selection, like
+from relay.operate.wording import as_options
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
@@ -52,6 +53,7 @@ class Plan:
     consumer: str | None = None  # inbox: whose
     notes: Sequence[str] = ()  # what is left alone, and why; what to know before saying yes
     unit: str | None = None  # what the rows are, where it is not what the act speaks of otherwise
+    obstacle: str | None = None  # why it is better not done now; a dry run shows it
 
     @property
     def touched(self) -> int:
@@ -150,8 +152,19 @@ def error_pattern(selection: Selection) -> str | None:
 
 def nothing(selection: Selection, what: str, hint: str = "") -> NothingSelected:
     """The error of an act that found nothing."""
-    asked = "with --all" if selection.everything else ", ".join(f"{k} {v}" for k, v in selection.as_json().items())
-    return NothingSelected(f"{what} ({asked}): nothing was changed.{' ' + hint if hint else ''}")
+    return NothingSelected(
+        f"{what} ({as_options(selection.as_json())}): nothing was changed.{' ' + hint if hint else ''}"
+    )
+
+
+def described(row: asyncpg.Record | None) -> list[str]:
+    """The one row that is given up, so that whoever is asked knows what is lost."""
+    if row is None:
+        return []
+    name = f"it is {row['event_type']}" if row["seq"] is None else f"it is seq {row['seq']}, {row['event_type']}"
+    tried = f", {counted(row['attempts'], 'attempt')}" if row["attempts"] else ""
+    why = f": {row['reason']}, {row['state']}{tried}" if row["reason"] is not None else ""
+    return [name + why]
 
 
 def counted(n: int, one: str, many: str | None = None) -> str:

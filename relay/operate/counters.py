@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from relay.errors import ConfigError, InputError
 from relay.message import MAX_SEQUENCE
+from relay.operate.place import outbox_place
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
@@ -102,10 +103,15 @@ async def source_of(connection: Connection, configured: str | None) -> str:
     """The name under which the events of this database are published. Raises ConfigError if nobody knows it, or two disagree."""
     with postgres_errors():
         source: str | None = await connection.fetchval(query("counters_source"))
-    if source is None and configured is None:
-        raise ConfigError(
-            "no relay has run on this database yet, so its events have no name: set source as `relay run` will have it"
-        )
+    if source is None:
+        place = await outbox_place(connection)
+        if place.consumers:
+            raise ConfigError(f"nothing to count: {place.doubt}")
+        if configured is None:
+            raise ConfigError(
+                f"no relay has run on database {place.database} yet, so its events have no name. Is postgres.dsn the producer's? If it"
+                " is, set source as `relay run` will have it"
+            )
     if source is not None and configured not in (None, source):
         raise ConfigError(
             f"this log is published as source {source!r}, the setting says {configured!r}: is this the right database?"

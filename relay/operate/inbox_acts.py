@@ -22,11 +22,13 @@ from relay.operate.act import (
     Plan,
     aggregates_of,
     counted,
+    described,
     error_pattern,
     nothing,
     place_filters,
 )
 from relay.operate.audit import Operator, Side
+from relay.operate.place import when_inbox_acts
 from relay.operate.selection import Selection
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -65,7 +67,8 @@ class Retry(InboxAct):
         stored = await connection.fetch(query("retry_given_back"), plan.consumer, plan.stored_ids)
         keys = list(zip(*plan.gaps, strict=True)) or [(), (), ()]
         gaps = await connection.fetch(query("reopen_gaps"), plan.consumer, *keys)
-        next_ = "the inbox asks for them now" if gaps and not held and not stored else "the inbox tries them now"
+        when = "now" if stored else await when_inbox_acts(connection, plan.consumer)
+        next_ = f"the inbox {'asks for' if gaps and not held and not stored else 'tries'} them {when}"
         return await _finish(connection, self, plan, operator, [*held, *stored, *gaps], next_)
 
 
@@ -81,7 +84,7 @@ class Skip(InboxAct):
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Tombstones in their places."""
         rows = await _bury(connection, plan, operator, "skipped", lines=False)
-        return await _finish(connection, self, plan, operator, rows, _GOES_ON)
+        return await _finish(connection, self, plan, operator, rows, await _goes_on(connection, plan))
 
 
 class Purge(InboxAct):
@@ -102,12 +105,12 @@ class Purge(InboxAct):
             f"{counted(gaps, 'aggregate')} of these still miss numbers before what is held: a purge does not fill a gap, `relay inbox"
             " skip TYPE/ID --through N` passes over it"
         )
-        return _plan(held, stored, consumer, [note] if gaps else [])
+        return _plan(held, stored, consumer, [*await _only(connection, held, stored), *([note] if gaps else [])])
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Tombstones in their places."""
         rows = await _bury(connection, plan, operator, "purged", lines=True)
-        return await _finish(connection, self, plan, operator, rows, _GOES_ON)
+        return await _finish(connection, self, plan, operator, rows, await _goes_on(connection, plan))
 
 
 class Dismiss(InboxAct):
@@ -163,9 +166,17 @@ async def the_consumer(connection: Connection, selection: Selection) -> str:
     return name
 
 
-_GOES_ON = (
-    "the inbox passes over them now, and goes on with what waited behind; their content is in relay.inbox_quarantine"
-)
+async def _goes_on(connection: Connection, plan: Plan) -> str:
+    when = "now" if plan.stored_ids else await when_inbox_acts(connection, plan.consumer)
+    return f"the inbox passes over them {when}, and goes on with what waited behind; their content is in relay.inbox_quarantine"
+
+
+async def _only(connection: Connection, held: Sequence[asyncpg.Record], stored: Sequence[object]) -> list[str]:
+    """What is given up, where it is one held message."""
+    if stored or len(held) != 1:
+        return []
+    with postgres_errors():
+        return described(await connection.fetchrow(query("describe_held"), held[0]["id"]))
 
 
 async def _plan_failed(
@@ -183,7 +194,7 @@ async def _plan_failed(
             f"nothing that failed at consumer {consumer} is selected",
             "What waits for a missing number has not failed: see `relay inbox gaps`.",
         )
-    plan = _plan(held, stored, consumer)
+    plan = _plan(held, stored, consumer, await _only(connection, held, stored) if alive else [])
     if not gaps:
         return plan
     note = f"{counted(len(gaps), 'gap')} among them: its source is asked for what is missing again"

@@ -11,6 +11,7 @@ from relay.message import TOMBSTONE
 from relay.operate.act import SAMPLE, Done, Plan, aggregates_of, counted, nothing, place_filters
 from relay.operate.audit import Operator
 from relay.operate.inbox_acts import InboxAct, lock_first_stored, set_aside_by
+from relay.operate.place import connected
 from relay.operate.selection import Selection, aggregate_text
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -136,7 +137,8 @@ class Reset(InboxAct):
             found = await connection.fetchrow(query("count_cursors"), *self._filters(consumer), SAMPLE)
         if found is None or not found["cursors"]:
             return await self._plan_unordered(connection, consumer)
-        notes = [_STOP_FIRST]
+        obstacle = await self._obstacle(connection, consumer)
+        notes = [obstacle or _STOP_FIRST]
         if self._forgets_unordered:
             notes.append(
                 "events that come without order (no aggregate, or policy none) are forgotten as well: they are applied again when they"
@@ -148,7 +150,14 @@ class Reset(InboxAct):
             aggregate_count=found["aggregates"],
             consumer=consumer,
             notes=notes,
+            obstacle=obstacle,
         )
+
+    async def _obstacle(self, connection: Connection, consumer: str) -> str | None:
+        """A consumer that applies meanwhile what its tables do not have any more."""
+        if not (running := await connected(connection, consumer)):
+            return None
+        return f"{running} consumer{'' if running == 1 else 's'} of {consumer} {'is' if running == 1 else 'are'} connected now: stop `relay inbox run` first, and clear your own tables"
 
     async def _plan_unordered(self, connection: Connection, consumer: str) -> Plan:
         """A consumer that has only ever had events without order has no cursor: it is the events that are forgotten."""
@@ -159,7 +168,9 @@ class Reset(InboxAct):
         if not forgotten:
             beyond = f" beyond {self._to}" if self._to else ""
             raise nothing(self.selection, f"no cursor of consumer {consumer}{beyond} is selected")
-        return Plan(rows=forgotten, consumer=consumer, unit="event without order", notes=[_STOP_FIRST])
+        obstacle = await self._obstacle(connection, consumer)
+        notes = [obstacle or _STOP_FIRST]
+        return Plan(rows=forgotten, consumer=consumer, unit="event without order", notes=notes, obstacle=obstacle)
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """All at once: a rebuild must not begin from two states."""

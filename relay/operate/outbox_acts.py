@@ -18,11 +18,13 @@ from relay.operate.act import (
     Plan,
     aggregates_of,
     counted,
+    described,
     error_pattern,
     nothing,
     place_filters,
 )
 from relay.operate.audit import Operator, Side
+from relay.operate.place import when_relay_acts
 from relay.operate.selection import Selection, aggregate_text
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -58,7 +60,8 @@ class Retry(Act):
         audit_id = await self.record(connection, operator, len(rows), aggregates_of(rows))
         await connection.execute(query("retry_parked"), [r["id"] for r in rows])
         await connection.execute(query("notify_outbox"))
-        return _done(rows, plan, audit_id, ["relay tries them now; `relay stuck` shows what is refused again"])
+        when = await when_relay_acts(connection)
+        return _done(rows, plan, audit_id, [f"relay tries them {when}; `relay stuck` shows what is refused again"])
 
 
 class Skip(Act):
@@ -74,7 +77,7 @@ class Skip(Act):
         chosen, notes = _without_paused(refused, self.selection)
         if not chosen:
             raise nothing(self.selection, _marked_already(found) or "no row that was refused is selected", *notes)
-        return _plan(chosen, notes)
+        return _plan(chosen, [*await _only(connection, chosen), *notes])
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Mark, and let go."""
@@ -93,7 +96,7 @@ class Purge(Act):
         chosen, notes = _without_paused([r for r in found if not r["is_marked"]], self.selection)
         if not chosen:
             raise nothing(self.selection, _marked_already(found) or "nothing that is parked is selected", *notes)
-        return _plan(chosen, notes)
+        return _plan(chosen, [*await _only(connection, chosen), *notes])
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Mark, and let go."""
@@ -122,7 +125,7 @@ class SkipNumber(Act):
     async def plan(self, connection: Connection) -> Plan:
         """Parked, or published already; anything else is refused."""
         place = await self._place(connection)
-        notes = []
+        notes = await _only(connection, [place])
         if place["parked_as"] is None:
             notes.append(
                 f"{self._name} was published already: its tombstone is sent to everyone who gets its aggregate"
@@ -165,7 +168,12 @@ class SkipNumber(Act):
         )
 
 
-_TOMBSTONES_GO_OUT = "relay publishes the tombstones now, in order; consumers pass over them"
+async def _only(connection: Connection, rows: Sequence[asyncpg.Record]) -> list[str]:
+    """What is lost, where it is one row."""
+    if len(rows) != 1:
+        return []
+    with postgres_errors():
+        return described(await connection.fetchrow(query("describe_parked"), rows[0]["id"]))
 
 
 async def _selected(connection: Connection, selection: Selection, *, lines: bool = False) -> list[asyncpg.Record]:
@@ -229,12 +237,13 @@ async def _mark(connection: Connection, act: str, ids: Sequence[int], audit_id: 
     await connection.execute(query("mark_tombstones"), ids, act, audit_id)
     await connection.execute(query("release_marked"), ids)
     await connection.execute(query("notify_outbox"))
+    go_out = f"relay publishes the tombstones {await when_relay_acts(connection)}, in order; consumers pass over them"
     if not await connection.fetch(query("find_pauses")):
-        return [_TOMBSTONES_GO_OUT]
+        return [go_out]
     held: int = await connection.fetchval(query("held_by_pause"), ids)
     if held == len(ids):
         return ["paused: relay publishes the tombstones after `relay resume`, in order; consumers pass over them"]
-    return [_TOMBSTONES_GO_OUT, *([f"{held:,} of them after `relay resume`: paused"] if held else [])]
+    return [go_out, *([f"{held:,} of them after `relay resume`: paused"] if held else [])]
 
 
 def _done(rows: Sequence[asyncpg.Record], plan: Plan, audit_id: int, notes: list[str]) -> Done:

@@ -9,6 +9,7 @@ import asyncpg
 from relay.errors import ConfigError, NothingSelected
 from relay.operate.act import Act, Done, Plan, counted
 from relay.operate.audit import Operator, Side
+from relay.operate.place import outbox_place
 from relay.operate.selection import Selection, aggregate_text
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -77,7 +78,9 @@ class Pause(Act):
         if self.scope[0] == "shard" and not knows["shard"]:
             raise NothingSelected(f"there is no shard {self.scope[4]}: nothing was changed")
         unknown = self.scope[0] == "aggregate" and not knows["aggregate"]
-        notes = ["it has no event yet: the pause holds from its first one on"] if unknown else []
+        notes = await self._doubts(connection)
+        if unknown and not notes:
+            notes.append("it has no event yet: the pause holds from its first one on")
         return Plan(rows=1, aggregates=_aggregates(self.scope), notes=notes)
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
@@ -92,8 +95,18 @@ class Pause(Act):
             rows=1,
             aggregates=len(plan.aggregates),
             audit_id=audit_id,
-            notes=["relay holds it back from now on, in order; `relay resume` lets it go on"],
+            notes=[
+                *await self._doubts(connection),
+                "relay holds it back from now on, in order; `relay resume` lets it go on",
+            ],
         )
+
+    async def _doubts(self, connection: Connection) -> list[str]:
+        """Of a pause that holds nothing yet. Raises ConfigError in a database that is a consumer's."""
+        place = await outbox_place(connection)
+        if place.consumers:
+            raise ConfigError(f"a pause here would hold nothing: {place.doubt}")
+        return [f"it holds nothing yet: {place.doubt}"] if place.doubt else []
 
 
 class Resume(Act):
@@ -117,9 +130,10 @@ class Resume(Act):
             pauses = await connection.fetch(query("find_pauses"))
         chosen = [p for p in pauses if self.scope in (None, _scope(p))]
         if not chosen:
-            raise NothingSelected(self._nothing([scope_text(_scope(p)) for p in pauses]))
+            raise NothingSelected(self._nothing([_scope(p) for p in pauses]))
         aggregates = sorted({a for p in chosen for a in _aggregates(_scope(p))})
-        return Plan(rows=len(chosen), aggregates=aggregates, ids=[p["id"] for p in chosen])
+        named = [scope_text(_scope(p)) for p in chosen] if self.scope is None else []
+        return Plan(rows=len(chosen), aggregates=aggregates, ids=[p["id"] for p in chosen], notes=named)
 
     async def do(self, connection: Connection, plan: Plan, operator: Operator) -> Done:
         """Take the pauses away."""
@@ -135,7 +149,15 @@ class Resume(Act):
             notes=["relay publishes what was held back, in order, unless another pause holds it"],
         )
 
-    def _nothing(self, paused: list[str]) -> str:
+    def _nothing(self, pauses: list[Scope]) -> str:
+        if self.scope is not None and self.scope[0] == "aggregate":
+            of_type: Scope = ("aggregate_type", self.scope[1], None, None, None)
+            if of_type in pauses:
+                return (
+                    f"{scope_text(self.scope)} is held by the pause of {scope_text(of_type)}: nothing was resumed."
+                    f" That pause ends with: relay resume --type {self.scope[1]}"
+                )
+        paused = [scope_text(pause) for pause in pauses]
         what = "nothing" if self.scope is None else f"{scope_text(self.scope)} is not paused, so nothing"
         others = f" Paused {'is' if len(paused) == 1 else 'are'}: {', '.join(paused[:5])}" if paused else ""
         more = f" and {counted(len(paused) - 5, 'other')}" if len(paused) > 5 else ""

@@ -124,6 +124,33 @@ WITH line AS (
 )
 SELECT count(*) FROM row WHERE held AND id = ANY ($1::bigint[])
 
+-- name: outbox_place
+-- Which database this is, whether its outbox was ever used, and whether a relay owns a shard of it now (it holds the lock 727003/shard).
+SELECT current_database()::text AS database,
+       EXISTS (SELECT FROM relay.outbox_cursor WHERE source IS NOT NULL)
+         OR EXISTS (SELECT FROM relay.outbox_aggregate) OR EXISTS (SELECT FROM relay.outbox) AS is_used,
+       EXISTS (SELECT FROM pg_locks
+               WHERE locktype = 'advisory' AND granted AND classid = 727003 AND objsubid = 2
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS is_served
+
+-- name: connected_consumers
+-- How many daemons of a consumer are connected.
+-- $1 consumer
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = left('relay inbox ' || $1::text, 63)
+
+-- name: describe_parked
+-- What one parked or published row is, to be told before it is given up.
+-- $1 id
+SELECT o.seq, o.event_type, p.reason, p.state, p.attempts
+FROM relay.outbox o LEFT JOIN relay.outbox_parked p ON p.shard = o.shard AND p.id = o.id
+WHERE o.id = $1 AND o.shard IN (SELECT shard FROM relay.outbox_cursor)
+
+-- name: describe_held
+-- The same of one held message.
+-- $1 id
+SELECT seq, event_type, reason, state, attempts FROM relay.inbox_held WHERE id = $1
+
 -- name: find_pause
 -- $1 scope, $2 aggregate type, $3 aggregate id, $4 event type, $5 shard (smallint)
 SELECT p.id, p.paused_at, a.who, a.why

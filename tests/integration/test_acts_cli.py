@@ -87,12 +87,13 @@ class TestAsking:
         result = run("skip", "order/1", "--why", "booked by hand", "--who", "ada", answer="y\n")
         assert result.exit_code == 0, result.stderr
         assert result.stderr == (
-            "would skip 1 row of 1 aggregate in the outbox: order/1\n"
+            f"would skip 1 row of 1 aggregate in the outbox of database {db.info.dbname}: order/1\n"
+            "  it is seq 1, Paid: nacked, stuck, 20 attempts\n"
             "The content will not be delivered; a tombstone takes the place of each. Go on? [y/N]: y\n"
         )
         assert re.fullmatch(
-            r"skipped 1 row of 1 aggregate in the outbox \(audit \d+\)\n"
-            r"  relay publishes the tombstones now, in order; consumers pass over them\n",
+            rf"skipped 1 row of 1 aggregate in the outbox of database {db.info.dbname} \(audit \d+\)\n"
+            r"  relay publishes the tombstones as soon as a relay runs \(none does now\), in order; consumers pass over them\n",
             result.stdout,
         )
         assert db.execute("SELECT who, why, login = current_user, rows, selection FROM relay.audit").fetchall() == [
@@ -104,7 +105,7 @@ class TestAsking:
         before = tables(db)
         result = run("purge", "--all", answer=answer)
         assert (result.exit_code, result.stdout.strip("\n")) == (12, "")
-        assert result.stderr.endswith("relay: Declined: as you say: nothing was changed\n")
+        assert result.stderr.endswith("relay: Declined: nothing was changed\n")
         assert tables(db) == before
 
     def test_without_a_terminal_says_how_to_go_on(self, run: Run, db: psycopg.Connection[Any]) -> None:
@@ -113,14 +114,16 @@ class TestAsking:
             result = run(*command, "--all")
             assert (result.exit_code, result.stdout) == (2, "")
             assert result.stderr == (
-                "relay: ConfigError: nobody can be asked without a terminal: say --yes to do it, or --dry-run to see what it would do\n"
+                "relay: ConfigError: no terminal to ask on: add --yes to do it, or --dry-run to see what it would do\n"
             )
         assert tables(db) == before
 
     def test_yes_is_not_asked(self, run: Run, db: psycopg.Connection[Any]) -> None:
         result = run("retry", "--all", "--yes")
         assert (result.exit_code, result.stderr) == (0, "")
-        assert result.stdout.startswith("retried 2 rows of 2 aggregates in the outbox (audit ")
+        assert result.stdout.startswith(
+            f"retried 2 rows of 2 aggregates in the outbox of database {db.info.dbname} (audit "
+        )
 
     def test_a_sample_is_named_and_the_rest_counted(self, run: Run, db: psycopg.Connection[Any]) -> None:
         db.execute("DELETE FROM relay.outbox_parked")
@@ -129,7 +132,10 @@ class TestAsking:
             " SELECT n, 0, 'order', to_char(n, 'FM00'), 1, 'nacked', 'stuck' FROM generate_series(1, 12) AS n"
         )
         result = run("retry", "--all", answer="n\n")
-        assert "would retry 12 rows of 12 aggregates in the outbox: order/01, order/02," in result.stderr
+        assert (
+            f"would retry 12 rows of 12 aggregates in the outbox of database {db.info.dbname}: order/01, order/02,"
+            in result.stderr
+        )
         assert "order/10 and 2 more\n" in result.stderr
 
     def test_an_interrupt_ends_the_question_in_a_running_loop_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +166,11 @@ class TestDryRun:
             assert re.match(told, result.stdout), result.stdout
         over = run("inbox", "skip", "order/9", "--through", "2", "--dry-run")
         assert over.stdout.startswith("would skip 2 numbers of 1 aggregate in the inbox of consumer billing: order/9\n")
-        assert run("pause", "order/1", "--dry-run").stdout == "would pause order/1 in the outbox\n"
+        outbox = f"in the outbox of database {db.info.dbname}"
+        assert run("pause", "order/1", "--dry-run").stdout == f"would pause order/1 {outbox}\n"
         assert (
             run("pause", "--type", "order", "--dry-run").stdout
-            == "would pause all aggregates of type order in the outbox\n"
+            == f"would pause all aggregates of type order {outbox}\n"
         )
         assert tables(db) == before
 
@@ -239,6 +246,93 @@ class TestRefusals:
     def test_without_relays_schema_says_so(self, run: Run, empty_database: str) -> None:
         result = run("retry", "--all", "--yes", dsn=empty_database)
         assert (result.exit_code, "relay migrate" in result.stderr) == (3, True)
+
+
+class TestTheWrongDatabase:
+    """A consumer's, where the producer's is meant: its outbox was never used."""
+
+    @pytest.fixture
+    def billing(self, db: psycopg.Connection[Any]) -> str:
+        db.execute("TRUNCATE relay.outbox, relay.outbox_parked, relay.outbox_aggregate, relay.outbox_tombstone")
+        return db.info.dbname
+
+    def test_a_pause_is_refused_where_an_inbox_is(self, run: Run, db: psycopg.Connection[Any], billing: str) -> None:
+        before = tables(db)
+        result = run("pause", "--type", "order", "--yes")
+        assert (result.exit_code, result.stderr) == (
+            2,
+            f"relay: ConfigError: a pause here would hold nothing: no relay has ever run on database {billing}, and no event was"
+            " committed to it; here is the inbox of billing. Is postgres.dsn the producer's?\n",
+        )
+        assert tables(db) == before
+
+    def test_a_pause_before_the_first_event_is_done_and_warned_of(self, run: Run, database: str) -> None:
+        result = run("pause", "--type", "order", "--yes")
+        assert result.exit_code == 0
+        assert "it holds nothing yet: no relay has ever run on database" in result.stdout
+
+    def test_other_acts_point_at_the_inbox(self, run: Run, db: psycopg.Connection[Any], billing: str) -> None:
+        for name in OUTBOX:
+            result = run(name, "--all", "--yes")
+            assert (result.exit_code, f"no relay has ever run on database {billing}" in result.stderr) == (11, True)
+            assert result.stderr.endswith(f"Is postgres.dsn the producer's? Of the inbox: relay inbox {name}\n")
+        assert "the inbox of billing" in run("resume", "--all", "--yes").stderr
+
+    def test_so_do_counters(self, run: Run, db: psycopg.Connection[Any], billing: str) -> None:
+        for source in ((), ("--set", "source=shop")):
+            result = run("counters", *source)
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert f"nothing to count: no relay has ever run on database {billing}" in result.stderr
+
+
+class TestResume:
+    def test_what_the_pause_of_a_type_holds_is_told(self, run: Run, db: psycopg.Connection[Any]) -> None:
+        run("pause", "--type", "order", "--yes")
+        result = run("resume", "order/1", "--yes")
+        assert result.exit_code == 11
+        assert (
+            "order/1 is held by the pause of all aggregates of type order: nothing was resumed. That pause ends with: relay resume"
+            " --type order\n"
+        ) in result.stderr
+
+    def test_all_names_the_pauses(self, run: Run, db: psycopg.Connection[Any]) -> None:
+        for what in (("--type", "order"), ("order/1",), ("--shard", "0")):
+            run("pause", *what, "--yes")
+        shown = run("resume", "--all", "--dry-run").stdout.splitlines()
+        assert shown[1:] == ["  all aggregates of type order", "  order/1", "  shard 0"]
+
+
+class TestWhoIsThere:
+    """Whether what is told happens now depends on who is connected."""
+
+    @pytest.fixture
+    def consumer(self, db: psycopg.Connection[Any], database: str) -> Iterator[None]:
+        with psycopg.connect(database, application_name="relay inbox billing"):
+            yield
+
+    def test_a_reset_while_the_consumer_is_connected_needs_force(
+        self, run: Run, db: psycopg.Connection[Any], consumer: None
+    ) -> None:
+        told = "1 consumer of billing is connected now: stop `relay inbox run` first"
+        before = tables(db)
+        for how in ({"answer": "y\n"}, {}):
+            result = run("inbox", "reset", "--all", *(() if how else ("--yes",)), **how)
+            assert (result.exit_code, told in result.stderr, "--force" in result.stderr) == (2, True, True)
+        assert told in run("inbox", "reset", "--all", "--dry-run").stdout
+        assert tables(db) == before
+        assert run("inbox", "reset", "--all", "--yes", "--force").exit_code == 0
+
+    def test_an_inbox_that_is_connected_tries_now(self, run: Run, db: psycopg.Connection[Any], consumer: None) -> None:
+        assert "  the inbox tries them now\n" in run("inbox", "retry", "order/1", "--yes").stdout
+
+    def test_one_that_is_not_tries_when_it_runs(self, run: Run, db: psycopg.Connection[Any]) -> None:
+        told = "  the inbox tries them as soon as it runs (no consumer billing is connected now)\n"
+        assert told in run("inbox", "retry", "order/1", "--yes").stdout
+
+    def test_a_relay_that_owns_the_log_tries_now(self, run: Run, db: psycopg.Connection[Any]) -> None:
+        assert "relay tries them as soon as a relay runs (none does now);" in run("retry", "order/1", "--yes").stdout
+        db.execute("SELECT pg_advisory_lock(727003, 0)")
+        assert "relay tries them now;" in run("retry", "order/2", "--yes").stdout
 
 
 class TestHelp:

@@ -26,7 +26,7 @@ from tests.harness.acts import TESTER, act_on, audits, contents
 from tests.harness.audit import Audit, audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, until
 
-NOW = "relay publishes the tombstones now, in order; consumers pass over them"
+NOW = "relay publishes the tombstones as soon as a relay runs (none does now), in order; consumers pass over them"
 LATER = "paused: relay publishes the tombstones after `relay resume`, in order; consumers pass over them"
 TABLES = ("outbox_parked", "outbox_tombstone", "outbox_pause", "audit", "audit_aggregate")
 
@@ -220,7 +220,8 @@ class TestSkipANumber:
             await until(lambda: is_published(world, "order/1", 2))
             plan = await number("order/1", 2).plan(world.db)
             assert plan.notes == [
-                "order/1 seq 2 was published already: its tombstone is sent to everyone who gets its aggregate"
+                "it is seq 2, Changed",
+                "order/1 seq 2 was published already: its tombstone is sent to everyone who gets its aggregate",
             ]
             await world.act(number("order/1", 2))
             await world.witness.wait_for(4, timeout_s=8)
@@ -237,7 +238,10 @@ class TestSkipANumber:
         async with outbox_running(world.settings):
             await world.until_parked(4)
             plan = await number("stock/1", 3).plan(world.db)
-            assert plan.notes == ["stock/1 seq 3 waits behind seq 1: its tombstone goes out when its turn comes"]
+            assert plan.notes == [
+                "it is seq 3, Changed: behind, waiting",
+                "stock/1 seq 3 waits behind seq 1: its tombstone goes out when its turn comes",
+            ]
             await world.act(number("stock/1", 3))
             assert [r[3] for r in await world.parked()] == ["retrying", "waiting", "waiting", "waiting"]
             await world.witness.queue.bind(world.witness.exchange, "stock.#")
@@ -393,6 +397,7 @@ class TestPause:
         assert (await tables.act(Resume(Selection(everything=True)))).rows == 2
 
     async def test_an_aggregate_without_events_is_told_and_a_shard_that_is_none_refused(self, tables: World) -> None:
+        await insert(tables.db, "order/2")
         plan = await Pause(Selection(aggregate="order/1")).plan(tables.db)
         assert plan.notes == ["it has no event yet: the pause holds from its first one on"]
         with pytest.raises(NothingSelected, match="there is no shard 7"):
