@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from relay.cli.acting import INTERRUPTED, Way, acting, ask
+from relay.cli.display import clock, table
 from relay.cli.filters import selecting
 from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.replay_screen import (
@@ -24,7 +25,6 @@ from relay.cli.replay_screen import (
     outcome_as_json,
     outcome_lines,
     progress,
-    whereto,
 )
 from relay.cli.signals import stop_on_signals
 from relay.errors import ConfigError, NothingSelected
@@ -85,8 +85,10 @@ def replay(
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     settings = settings_from(config, assignments)
     modes = [name for name, on in (("--resume", resume), ("--abandon", abandoned), ("--list", listing)) if on]
-    if modes and (len(modes) > 1 or selection != Selection() or to_queue is not None or way.dry_run):
-        raise ConfigError(f"{modes[0]} stands alone: it takes no filter, no --to-queue, no --dry-run")
+    if modes and (len(modes) > 1 or selection != Selection() or to_queue is not None):
+        raise ConfigError(f"{modes[0]} stands alone: it takes no filter, no --to-queue")
+    if way.dry_run and (resume or listing):
+        raise ConfigError(f"{modes[0]} has no --dry-run: relay replay --list shows how far each replay is")
     if listing:
         asyncio.run(_list(settings, as_json=way.as_json))
     elif abandoned is not None:
@@ -138,6 +140,13 @@ async def _abandon(settings: Settings, number: int, way: Way) -> None:
         await require_current(opened)
         found = await find_unfinished(opened, number)
         sent = f"replay {number} has sent {found.sent:,} of {found.total:,} rows"
+        if way.dry_run:
+            click.echo(
+                json.dumps({"replay": number, "state": found.state, "sent": found.sent, "total": found.total})
+                if way.as_json
+                else f"{sent}, and would be given up"
+            )
+            return
         ask(way, lambda: _say([sent]), "The rest will not be sent.")
         await abandon(opened, found, operator=way.operator)
     if way.as_json:
@@ -155,8 +164,9 @@ async def _list(settings: Settings, *, as_json: bool) -> None:
         return
     if not found:
         click.echo("there has been no replay")
-    for one in found:
-        click.echo(printable(_listed_line(one)))
+        return
+    columns = ("replay", "state", "sent", "rows", "to", "selection", "started", "by", "why")
+    table(columns, [_listed_row(one) for one in found], indent=0)
 
 
 def _send(settings: Settings, chosen: Replay, *, rate: int, live_first: bool, as_json: bool) -> None:
@@ -246,8 +256,8 @@ def _listed_as_json(one: Listed) -> dict[str, Any]:
     }
 
 
-def _listed_line(one: Listed) -> str:
+def _listed_row(one: Listed) -> tuple[str | int, ...]:
     r = one.replay
     state = "being sent" if one.is_running else r.state
-    why = f": {one.why}" if one.why else ""
-    return f"replay {r.id}  {state}  {r.sent:,} of {r.total:,} rows  {whereto(r)}  ({asked(r.selection)})  {r.started_at:%Y-%m-%d %H:%M:%S} by {one.who}{why}"
+    to = "everyone" if r.to_queue is None else r.to_queue
+    return str(r.id), state, r.sent, r.total, to, asked(r.selection), clock(r.started_at), one.who, one.why

@@ -18,6 +18,7 @@ from relay.operate.replay import State
 from relay.operate.replays import Replay
 from relay.operate.retained import Count, Missing
 from relay.operate.selection import Selection
+from relay.operate.wording import as_options
 
 _LINE_EVERY_S = 5.0
 _RATE_OVER_S = 10.0
@@ -106,16 +107,8 @@ def whereto(chosen: Replay) -> str:
 
 
 def asked(selection: Selection) -> str:
-    """The filters, as a person would say them."""
-    told = selection.as_json()
-    if told.pop("all", False):
-        return "everything"
-    named = [str(told.pop("aggregate"))] if "aggregate" in told else []
-    return ", ".join(named + [f"{name.replace('_', ' ')} {_value(value)}" for name, value in told.items()])
-
-
-def _value(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    """The filters, as they were given."""
+    return as_options(selection.as_json())
 
 
 @contextmanager

@@ -89,10 +89,7 @@ def seed_command(
         raise ConfigError("which consumer? Say --consumer NAME, or set inbox.consumer")
     _refuse_mixtures(aggregate, at, file, types, source, prepare=prepare)
     if prepare:
-        asyncio.run(_prepare(settings, name))
-        click.echo(
-            f"the queue {_queue(settings, name).name} is there and collects; next: relay counters, then relay inbox seed --counters"
-        )
+        click.echo(asyncio.run(_prepared(settings, name, dry_run=way.dry_run)))
     elif aggregate is not None and at is not None:
         asyncio.run(_seed_one(settings, name, Selection(aggregate=aggregate, source=source), at, force=force, way=way))
     else:
@@ -199,6 +196,25 @@ async def _compared(opened: Connection, order: Order, counters: Counters) -> Com
         async for portion in portions:
             found += await compare(opened, order.consumer, counters.source, portion)
     return found
+
+
+async def _prepared(settings: Settings, consumer: str, *, dry_run: bool) -> str:
+    """Only the queue; what was done, or would be."""
+    queue = _queue(settings, consumer)
+    if not dry_run:
+        await _prepare(settings, consumer)
+        return f"the queue {queue.name} is there and collects; next: relay counters, then relay inbox seed --counters"
+    try:
+        await require_queue(settings.rabbitmq, queue.name)
+        there = f"the queue {queue.name} is there already; "
+    except BrokerRefused as exc:
+        if exc.reply_code != NOT_FOUND:
+            raise
+        there = ""
+    if not settings.rabbitmq.declare_topology:
+        return there + f"would only look for the queue {queue.name}: rabbitmq.declare_topology is false"
+    bound = f"bound to {settings.rabbitmq.exchange} with {', '.join(queue.bindings)}"
+    return f"{there}would declare the queue {queue.name}, {bound}\nnothing was changed: it was a dry run"
 
 
 async def _prepare(settings: Settings, consumer: str) -> None:

@@ -182,7 +182,7 @@ async def test_a_dry_run_counts_and_changes_nothing(settings: Settings, here: Ca
 CANNOT_BE_DONE: list[tuple[tuple[str, ...], int, str]] = [
     ((), 2, "nothing is selected"),
     (("--all", "order/1"), 2, "--all means everything"),
-    (("--all",), 2, "nobody can be asked without a terminal"),
+    (("--all",), 2, "no terminal to ask on"),
     (("order/9", "--yes"), 11, "nothing that was published and is retained is selected"),
     (("order/1", "--to-queue", "nowhere", "--yes"), 5, "the queue 'nowhere' does not exist"),
     (("--resume",), 11, "no replay is unfinished"),
@@ -229,12 +229,17 @@ async def test_an_operator_may_replay_list_and_give_up(settings: Settings, postg
                 operator=Operator(who="me@here"),
             )
         number = await newest(settings)
+        tried = await there("replay", "--abandon", str(number), "--dry-run")
+        assert (tried.code, tried.out) == (0, f"replay {number} has sent 0 of 3 rows, and would be given up\n")
         given_up = await there("replay", "--abandon", str(number), "--yes")
         assert (given_up.code, given_up.out) == (0, f"replay {number} has sent 0 of 3 rows, and is given up\n")
         listed: list[dict[str, Any]] = (await there("replay", "--list", "--json")).json
         assert [(r["state"], r["sent"], r["to_queue"]) for r in listed] == [("abandoned", 0, None), ("done", 3, "one")]
         assert listed[1]["why"] == "they lost it"
-        assert f"replay {number}  abandoned  0 of 3 rows  to everyone" in (await there("replay", "--list")).out
+        first, newest_one, oldest = (await there("replay", "--list")).out.splitlines()
+        assert first.split() == ["replay", "state", "sent", "rows", "to", "selection", "started", "by", "why"]
+        assert newest_one.split()[:6] == [str(number), "abandoned", "0", "3", "everyone", "--all"]
+        assert oldest.split()[1:6] == ["done", "3", "3", "one", "order/1"]
 
 
 async def test_what_nobody_got_is_told_at_the_end(settings: Settings) -> None:

@@ -273,7 +273,12 @@ async def test_counters_travel_as_lines_where_the_databases_cannot_see_each_othe
     assert (unprepared.code, "First relay inbox seed --prepare" in unprepared.err) == (2, True)
     assert await consumer.cursors() == {}
 
+    tried = await consumer.seed("--prepare", "--dry-run")
+    assert (tried.code, "would declare the queue" in tried.out, "nothing was changed" in tried.out) == (0, True, True)
+    still = await consumer.seed("--counters", str(file), "--yes")
+    assert (still.code, "does not exist" in still.err) == (2, True)
     assert (await consumer.seed("--prepare")).code == 0
+    assert "is there already" in (await consumer.seed("--prepare", "--dry-run")).out
     seeded = await consumer.seed("--counters", str(file), "--type", "order", "--yes")
     assert seeded.code == 0, seeded.err
     assert await consumer.cursors() == {"order/1": 2, 'order/ü, "x"': 3}
@@ -313,7 +318,7 @@ async def test_lines_that_were_cut_off_or_changed_are_refused_whole(
         (("order/*", "--at", "5", "--yes"), 2, "name it in full"),
         (("order/1", "--at", "5", "--type", "order"), 2, "seeded by itself"),
         (("--source", "shop"), 2, "--source is for one aggregate"),
-        ((), 2, "nobody can be asked without a terminal"),
+        ((), 2, "no terminal to ask on"),
         (("--type", "ordr", "--yes"), 11, "source shop has counted nothing of the type ordr"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
