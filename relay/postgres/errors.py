@@ -25,7 +25,9 @@ def translated(exc: BaseException) -> PostgresError | ConfigError | None:
             )
         if state == "42501":
             return PrivilegeError(
-                f"{text}. Grant the role that relay logs in as one of the roles in sql/roles.sql.", sqlstate=state
+                f"{text}. Grant the role that relay logs in as one of the roles in sql/roles.sql: relay_operator for acts (retry, skip,"
+                " purge, pause, resume, replay ...), relay_monitor to look, relay_daemon or relay_consumer to run.",
+                sqlstate=state,
             )
         if state in _REFUSED_STATES:
             return PostgresRefused(f"PostgreSQL refused the login: {text}. Check postgres.dsn.", sqlstate=state)

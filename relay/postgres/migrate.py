@@ -142,7 +142,10 @@ def _refuse_unknown(done: dict[int, tuple[str, str]]) -> None:
                 f"the database has migration {version:04} {name}, which this program does not know: it is newer. Upgrade relay."
             )
         if ours[version].checksum != checksum:
-            raise SchemaError(f"migration {version:04} {name} was applied with another text than this program brings")
+            raise SchemaError(
+                f"migration {version:04} {name} was applied with another text than this program brings: the database was migrated by"
+                " another version of relay. Install that version, or one that is newer; a database that is only for trying may be made anew."
+            )
 
 
 async def _roles(connection: Connection) -> str | None:

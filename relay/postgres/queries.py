@@ -11,13 +11,21 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from relay.errors import ConfigError
+
 _NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 
 
 def sql_root() -> Traversable:
     """The folder with migrations/, queries/ and roles.sql."""
-    packaged = resources.files("relay") / "sql"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "sql"
+    packaged, source = resources.files("relay") / "sql", Path(__file__).parents[2] / "sql"
+    if packaged.is_dir():
+        return packaged
+    if (
+        not source.is_dir()
+    ):  # told as what it is: within `postgres_errors` a missing file would be a server that is not there
+        raise ConfigError(f"relay's own SQL is missing: neither {packaged} nor {source} is there. Install relay again.")
+    return source
 
 
 @cache
