@@ -73,6 +73,15 @@ class Night:
             rows = await db.fetch("SELECT amount FROM invoice WHERE order_id = $1 ORDER BY id", order)
         return [str(r["amount"]) for r in rows]
 
+    async def billing_is_connected(self) -> bool:
+        async with connected(self.billing) as db:
+            return bool(
+                await db.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'relay inbox billing'"
+                    " AND datname = current_database()"
+                )
+            )
+
     async def is_stuck(self) -> bool:
         async with connected(self.billing) as db:
             return bool(await db.fetchval("SELECT count(*) = 3 AND bool_or(state = 'stuck') FROM relay.inbox_held"))
@@ -124,6 +133,7 @@ async def test_the_walk_through_from_the_alarm_to_the_release_in_order(night: Ni
     night.deploy(mended)
     async with night.running("run", "-c", "shop.toml"):
         async with night.running("inbox", "run", "billing:inbox", "-c", "billing.toml"):
+            await until(night.billing_is_connected)
             for step in release:
                 await night.type_in(step)
             await until(lambda: _is(night.invoices("42"), ["10", "20", "99.90", "30", "40"]))
