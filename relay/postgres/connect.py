@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeAlias
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
 
-from relay.errors import PoolerError, SchemaError
+from relay.errors import PoolerError, PostgresRefused, PostgresUnavailable, SchemaError
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
@@ -55,7 +56,7 @@ async def connect(
     Raises PoolerError through a connection pooler, PostgresUnavailable when there is no answer, SchemaError for a
     database that is not UTF-8.
     """
-    with postgres_errors():
+    with _located(settings), postgres_errors():
         async with asyncio.timeout(settings.connect_timeout_s):
             connection: Connection = await asyncpg.connect(
                 settings.dsn.get_secret_value(),
@@ -91,6 +92,34 @@ async def connection(
         yield opened
     finally:
         await close(opened)
+
+
+@contextmanager
+def _located(settings: PostgresSettings) -> Iterator[None]:
+    """Within it, an error says where the server was looked for."""
+    try:
+        yield
+    except (PostgresUnavailable, PostgresRefused) as exc:
+        place = [located] if (located := address(settings.dsn.get_secret_value())) else []
+        if "dsn" not in settings.model_fields_set:
+            place.append("which is the default: neither a settings file nor RELAY_POSTGRES_DSN sets postgres.dsn")
+        if not place:
+            raise
+        raise type(exc)(f"{exc} ({', '.join(place)})", sqlstate=exc.sqlstate) from exc.__cause__
+
+
+def address(dsn: str) -> str:
+    """Host and database of a DSN, for people; nothing of one that may have a piece of its password where a host belongs."""
+    try:
+        parts = urlsplit(dsn)
+        if "@" in f"{parts.path}{parts.query}{parts.fragment}":  # of a password that is not percent-encoded
+            return ""
+        options = parse_qs(parts.query)
+    except ValueError:
+        return ""
+    host = ",".join(options.get("host", ())) or parts.netloc.rpartition("@")[2]
+    database = ",".join(options.get("dbname", options.get("database", ()))) or unquote(parts.path.lstrip("/"))
+    return ", ".join(f"{name} {value}" for name, value in (("host", host), ("database", database)) if value)
 
 
 async def _refuse_pooler(connection: Connection) -> None:
