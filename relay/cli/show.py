@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from datetime import datetime
 from pathlib import Path
 
 import click
 
 from relay.cli.display import ago, clock, content, heading, line, plural, print_json, shorten, size, table, until
-from relay.cli.looking import json_option, look_at, payload_option
+from relay.cli.looking import here, json_option, look_at, payload_option
 from relay.cli.options import config_option, set_option
 from relay.errors import ConfigError, NothingSelected
 from relay.log import printable
@@ -18,8 +18,10 @@ from relay.operate.audit_look import Act
 from relay.operate.inbox_look import held_contents
 from relay.operate.look import Look
 from relay.operate.rows import Content, SeenRow, contents
-from relay.operate.selection import require_text
+from relay.operate.selection import aggregate_text, require_text
+from relay.operate.status import resume
 from relay.operate.story import Gap, InboxStory, OutboxStory, Story
+from relay.operate.wording import as_options
 
 
 @click.command()
@@ -38,7 +40,9 @@ from relay.operate.story import Gap, InboxStory, OutboxStory, Story
 def show(
     config: Path | None, assignments: tuple[str, ...], *, aggregate: str, limit: int, payload: bool, as_json: bool
 ) -> None:
-    """One aggregate's whole story: its events and what became of each, cursors, held messages, gaps, operators' acts.
+    """One aggregate's whole story.
+
+    Its events and what became of each, cursors, held messages, gaps, operators' acts.
 
     \b
     relay show order/42
@@ -86,7 +90,8 @@ async def _unknown(look: Look, name: tuple[str, str]) -> str:
     said = f"nothing is known of {name[0]}/{name[1]} in database {look.database}"
     if not alike:
         return f"{said}. Is it the right database? (--config, or RELAY_POSTGRES_DSN)"
-    return f"{said}. There is {', '.join(f'{kind}/{other}' for kind, other in alike)}"
+    are = "is" if len(alike) == 1 else "are"
+    return f"{said}. There {are} {', '.join(f'{kind}/{other}' for kind, other in alike)}"
 
 
 def _json(
@@ -138,15 +143,11 @@ def acts_table(acts: tuple[Act, ...]) -> tuple[tuple[str, ...], list[tuple[str |
             shorten(a.who, 40),
             f"{'inbox ' if a.side == 'inbox' else ''}{a.act}",
             a.rows,
-            shorten(", ".join(f"{k} {_word(v)}" for k, v in a.selection.items())),
+            shorten(as_options(a.selection)),
             shorten(a.why),
         )
         for a in acts
     ]
-
-
-def _word(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _outbox(outbox: OutboxStory, now: datetime) -> None:
@@ -221,7 +222,7 @@ def _inbox(c: InboxStory, now: datetime) -> None:
 
 
 def _of_total(shown: int, total: int) -> str:
-    return "" if shown == total else f"; the first {shown} are shown (--limit)"
+    return "" if shown == total else f"; the first {shown} {'is' if shown == 1 else 'are'} shown (--limit)"
 
 
 def _gap(gap: Gap, now: datetime) -> str:
@@ -247,18 +248,35 @@ def _payloads(title: str, named: dict[str, Content | None], payload: bool) -> No
 
 def _end(story: Story) -> None:
     line()
-    name = f"{story.aggregate_type}/{story.aggregate_id}"
-    parked = next((r for r in (story.outbox.rows if story.outbox else ()) if r.state in ("stuck", "retrying")), None)
-    failed = any(h.reason == "failed" for c in story.inbox for h in c.held)
-    if not story.errors_readable and failed:
+    if not story.errors_readable and any(h.reason == "failed" for c in story.inbox for h in c.held):
         line("What the handler said is shown to members of relay_operator only.")
-    if parked is not None and parked.reason != "tombstone":
-        line(f"Next: mend the cause, then relay retry {name}; or give the event up: relay skip {name}")
-    elif failed:
-        line(f"Next: mend the handler, then relay inbox retry {name}; or give the event up: relay inbox skip {name}")
-    elif (gap := next((c.gap for c in story.inbox if c.gap is not None and c.gap.state == "stuck"), None)) is not None:
-        line(f"Next: give the missing numbers up: relay inbox skip {name} --through {gap.missing_to}")
-    elif any(p.scope == "aggregate" for p in story.pauses):
-        line(f"Next: relay resume {name}")
-    else:
-        line("Nothing of it needs a person.")
+    line(_next(story))
+
+
+def _next(story: Story) -> str:
+    """What goes on from here: of all that is blocked, what is nearest to the producer."""
+    name = shlex.quote(aggregate_text(story.aggregate_type, story.aggregate_id))
+    rows = story.outbox.rows if story.outbox else ()
+    gaps = [c.gap for c in story.inbox if c.gap is not None]
+    if any(r.state in ("stuck", "retrying") and r.reason != "tombstone" for r in rows):
+        return f"Next: mend the cause, then {here(f'relay retry {name}')}; or give the event up: {here(f'relay skip {name}')}"
+    if any(h.reason == "failed" for c in story.inbox for h in c.held):
+        return _inbox_next("mend the handler", name)
+    if any(s.attempts for c in story.inbox for s in c.stored):
+        return _inbox_next("mend the taker", name)
+    if (stuck := next((g for g in gaps if g.state == "stuck"), None)) is not None:
+        return f"Next: give the missing numbers up: {here(f'relay inbox skip {name} --through {stuck.missing_to}')}"
+    if story.pauses:
+        return f"Next: {'; '.join(here(resume(p)) for p in story.pauses)}"
+    if any(r.state == "paused" for r in rows):
+        return "It was paused, and is no more: the relay publishes it as soon as it runs."
+    if any(q.dismissed_at is None and q.reason not in ("skipped", "purged") for q in story.quarantine):
+        return f"Next: {here(f'relay inbox quarantine {name}')}, then {here(f'relay inbox dismiss {name}')}"
+    if gaps:
+        return f"It waits for numbers that are missing; the producer's relay is asked for them: {here(f'relay inbox gaps {name}')}"
+    return "Nothing of it needs a person." if story.inbox else "Nothing of it needs a person in this database."
+
+
+def _inbox_next(mend: str, name: str) -> str:
+    retry, skip = here(f"relay inbox retry {name}"), here(f"relay inbox skip {name}")
+    return f"Next: {mend}, then {retry}; or give the event up: {skip}"

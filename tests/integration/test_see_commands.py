@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from relay.errors import NothingSelected
+from relay.operate.replays import try_lock
 from relay.sandbox import Postgres
 from tests.harness.blocked import block_inbox, block_outbox
-from tests.harness.console import relay
+from tests.harness.console import Answer, relay
 from tests.harness.outbox import connected
 
 EXIT_SCHEMA = 3
@@ -86,7 +88,7 @@ class TestStatus:
         assert lines[-9:] == [
             "! 2 aggregates stuck in the outbox: relay stuck",
             "! rows wait, and no relay publishes shard 0: relay run",
-            "! 1 pause in effect: relay resume",
+            "! 1 pause in effect: relay resume order/3",
             "! replay 1 was interrupted at 40 of 100 rows: relay replay --resume 1",
             "! 2 aggregates stuck in the inbox of billing: relay stuck",
             "! messages are held, and no consumer billing is running: relay inbox run",
@@ -94,6 +96,32 @@ class TestStatus:
             "! 1 event given back by the taker of store: relay stuck",
             "This needs a person. Next: relay stuck",
         ]
+
+    def test_the_next_command_looks_at_the_same_database(self, both: str, tmp_path: Path) -> None:
+        file = tmp_path / "a shop.toml"
+        file.write_text("", encoding="utf-8")
+        given = ("-c", str(file), "--set", "outbox.page_rows=500")
+        for command in (("status",), ("stuck",), ("stuck", "--by", "cause"), ("show", "order/1")):
+            lines = relay(both, *command, *given).lines()
+            told = [line for line in lines if line.startswith(("Next:", "This needs", "! "))]
+            assert told
+            assert all(f"-c '{file}' --set outbox.page_rows=500" in line for line in told)
+
+    def test_rows_that_wait_are_told_from_parked_ones(self, database: str) -> None:
+        run(database, block_outbox, "UPDATE relay.outbox_cursor SET snapshot = pg_current_snapshot()")
+        assert "! parked rows wait, and no relay publishes shard 0: relay run" in relay(database, "status").lines()
+
+    def test_a_replay_runs_while_a_process_holds_its_lock(self, database: str) -> None:
+        run(database, block_outbox, "UPDATE relay.outbox_replay SET updated_at = now()")
+        text = "! replay 1 was interrupted at 40 of 100 rows: relay replay --resume 1"
+        assert text in relay(database, "status").lines()
+
+        async def while_it_runs() -> Answer:
+            async with connected(database) as db:
+                assert await try_lock(db, 1)
+                return await asyncio.to_thread(relay, database, "status")
+
+        assert text not in asyncio.run(while_it_runs()).lines()
 
     def test_a_new_database_needs_nobody(self, database: str) -> None:
         assert relay(database, "status").lines()[-2:] == [
@@ -239,7 +267,19 @@ class TestStuck:
         assert told["total"] == len(told["causes"]) == 13
         lines = relay(database, "stuck", "--by", "cause").lines()
         assert "inbox billing failed 2 3 1 AGE KeyError: 1 (and 1 others)" in lines
-        assert "13 causes." in lines
+        at = lines.index("13 causes.")
+        assert lines[at + 1] == "Next: relay stuck --cause CAUSE"
+        assert sorted(lines[at + 2 :]) == [
+            "conflict: relay inbox quarantine --cause conflict, then relay inbox dismiss --cause conflict",
+            "failed: mend it, then relay inbox retry --cause failed",
+            "foreign: relay inbox quarantine --cause foreign, then relay inbox dismiss --cause foreign",
+            "gap: relay inbox gaps",
+            "nacked: mend it, then relay retry --cause nacked",
+            "paused: relay resume order/3",
+            "taken: mend it, then relay inbox retry --cause taken",
+            "too_large: mend it, then relay retry --cause too_large",
+            "unroutable: mend it, then relay retry --cause unroutable",
+        ]
 
     @pytest.mark.parametrize(
         ("filters", "found"),
@@ -270,6 +310,7 @@ class TestStuck:
         told = relay(both, "stuck", "--limit", "2", "--json").json
         assert (len(told["blocked"]), told["total"]) == (2, 14)
         assert "14 blocked; the oldest 2 are shown (--limit)." in relay(both, "stuck", "--limit", "2").lines()
+        assert "14 blocked; the oldest 1 is shown (--limit)." in relay(both, "stuck", "--limit", "1").lines()
 
     def test_nothing_blocked_is_said(self, database: str) -> None:
         assert relay(database, "stuck").out.startswith("Nothing is blocked in database relay_test_")
@@ -302,9 +343,9 @@ class TestShow:
         [
             ("order/2", "1 5 Changed AGE 2 B retrying nacked 3 AGE the broker said no", "Next: mend the cause, then relay retry order/2; or give the event up: relay skip order/2"),
             ("order/3", "1 6 Changed AGE 2 B paused", "Next: relay resume order/3"),
-            ("order/4", "1 7 Changed AGE 2 B skipped tombstone (skip)", "Nothing of it needs a person."),
-            ("order/5", "1 9 Changed AGE 2 B retrying tombstone (purge) AGE", "Nothing of it needs a person."),
-            ("order/6", "1 11 Paid AGE 2 B waiting to be published", "Nothing of it needs a person."),
+            ("order/4", "1 7 Changed AGE 2 B skipped tombstone (skip)", "Nothing of it needs a person in this database."),
+            ("order/5", "1 9 Changed AGE 2 B retrying tombstone (purge) AGE", "Nothing of it needs a person in this database."),
+            ("order/6", "1 11 Paid AGE 2 B waiting to be published", "Nothing of it needs a person in this database."),
         ],
     )  # fmt: skip
     def test_every_state_of_a_row(self, shop: str, aggregate: str, state: str, last: str) -> None:
@@ -340,7 +381,27 @@ class TestShow:
         assert lines[-1] == "Next: give the missing numbers up: relay inbox skip order/7 --through 3"
         lines = relay(billing, "show", "order/10").lines()
         assert any(line.startswith("missing 1 to 2, noticed AGE, asked for 1 time, again") for line in lines)
-        assert lines[-1] == "Nothing of it needs a person."
+        assert lines[-1] == (
+            "It waits for numbers that are missing; the producer's relay is asked for them: relay inbox gaps order/10"
+        )
+
+    def test_what_is_held_back_by_a_pause_of_its_type_given_back_or_in_quarantine_needs_a_person(
+        self, database: str
+    ) -> None:
+        run(
+            database,
+            block_outbox,
+            "UPDATE relay.outbox_pause SET scope = 'aggregate_type', aggregate_type = 'order', aggregate_id = NULL",
+        )
+        assert relay(database, "show", "order/3").lines()[-1] == "Next: relay resume --type order"
+        run(database, block_inbox, "DELETE FROM relay.inbox_held", "DELETE FROM relay.outbox_parked")
+        assert relay(database, "show", "order/1").lines()[-1] == (
+            "Next: mend the taker, then relay inbox retry order/1; or give the event up: relay inbox skip order/1"
+        )
+        run(database, "DELETE FROM relay.inbox", "DELETE FROM relay.outbox_pause")
+        assert relay(database, "show", "order/1").lines()[-1] == (
+            "Next: relay inbox quarantine order/1, then relay inbox dismiss order/1"
+        )
 
     def test_pauses_and_operators_acts(self, shop: str) -> None:
         lines = relay(shop, "show", "order/3").lines()
@@ -349,8 +410,8 @@ class TestShow:
         )
         acts = [line for line in lines if "@desk" in line and "Z" in line]
         assert [act.split("Z ")[1] for act in acts] == [
-            "ben@desk retry 2 all true",
-            "anna@desk pause 1 aggregate order/3 wait for the fix",
+            "ben@desk retry 2 --all",
+            "anna@desk pause 1 order/3 wait for the fix",
         ]
 
     def test_pauses_of_its_types_and_its_shard_apply_as_well(self, database: str) -> None:
@@ -639,11 +700,43 @@ class TestInbox:
         )
 
     def test_nothing_is_said_plainly(self, database: str) -> None:
-        assert relay(database, "inbox", "held").out == "Nothing is held.\n"
-        assert relay(database, "inbox", "gaps").out == "Nothing is missing.\n"
-        assert relay(database, "inbox", "quarantine").out == "The quarantine is empty.\n"
-        assert relay(database, "audit").out == "No act is recorded.\n"
-        assert relay(database, "list").out == "No row is selected.\n"
+        run(database, "SELECT relay.emit('order', '1', 'Changed', '{}')", "DELETE FROM relay.outbox")
+        run(database, "INSERT INTO relay.inbox_progress (consumer, owner) VALUES ('billing', 'host:2')")
+        name = database.rpartition("/")[2]
+        assert relay(database, "inbox", "held").out == f"Nothing is held in database {name}.\n"
+        assert relay(database, "inbox", "gaps").out == f"Nothing is missing in database {name}.\n"
+        assert relay(database, "inbox", "quarantine").out == f"Nothing is in quarantine in database {name}.\n"
+        assert relay(database, "audit").out == f"No act is recorded in database {name}.\n"
+        assert relay(database, "list").out == f"The outbox retains no row in database {name}.\n"
+        assert relay(database, "stuck", "--state", "stuck").out == f"Nothing is blocked in database {name}.\n"
+
+    @pytest.mark.parametrize("command", ["held", "gaps", "quarantine"])
+    def test_a_producers_database_is_not_taken_for_an_inbox_that_is_well(self, shop: str, command: str) -> None:
+        name = shop.rpartition("/")[2]
+        assert relay(shop, "inbox", command).out == (
+            f"There is no inbox in database {name}: nothing was consumed there. Is postgres.dsn the consumer's?"
+            " (--config, or RELAY_POSTGRES_DSN)\n"
+        )
+
+    def test_nor_a_consumers_for_an_outbox_that_is_empty(self, billing: str) -> None:
+        assert "Is postgres.dsn the producer's?" in relay(billing, "list").out
+
+    @pytest.mark.parametrize(
+        ("command", "said"),
+        [
+            (("stuck", "--older-than", "99d"), "Nothing matches; without the filters 14 are blocked"),
+            (("stuck", "--by", "cause", "--consumer", "nosuch"), "Nothing matches; without the filters 14 are blocked"),
+            (("inbox", "held", "--consumer", "nosuch"), "Nothing matches; without the filters 7 messages are held"),
+            (("inbox", "gaps", "--consumer", "nosuch"), "Nothing matches; without the filters 2 gaps are known"),
+            (("inbox", "quarantine", "order/nosuch"), "Nothing matches; without the filters 2 messages are in quarantine"),
+            (("audit", "--who", "nosuch"), "Nothing matches; without the filters acts are recorded"),
+            (("list", "order/nosuch"), "No row matches the filters"),
+        ],
+    )  # fmt: skip
+    def test_filters_that_match_nothing_are_not_an_all_clear(
+        self, both: str, command: tuple[str, ...], said: str
+    ) -> None:
+        assert relay(both, *command).out.endswith(f"{said} in database {both.rpartition('/')[2]}.\n")
 
 
 class TestAudit:
@@ -652,6 +745,8 @@ class TestAudit:
         [
             ((), [5, 4, 3, 2, 1]),
             (("--act", "skip"), [2]),
+            (("--act", "inbox skip"), []),
+            (("--act", "outbox skip"), [2]),
             (("--who", "ANNA"), [2, 1]),
             (("--side", "inbox"), []),
             (("order/4",), [4, 2]),
@@ -665,12 +760,16 @@ class TestAudit:
         assert [a["id"] for a in told["acts"]] == ids
         assert all(_keys(a) == ACT_KEYS for a in told["acts"])
 
+    @pytest.mark.parametrize("more", [("--act", "frob"), ("--act", "inbox skip", "--side", "outbox")])
+    def test_an_act_that_there_is_not_is_refused(self, shop: str, more: tuple[str, ...]) -> None:
+        assert relay(shop, "audit", *more).code == EXIT_CONFIG
+
     def test_in_words(self, shop: str) -> None:
         lines = relay(shop, "audit", "order/4").lines()
         assert [line.split("Z ")[-1] for line in lines] == [
             "id at who act rows selection why",
-            "ben@desk retry 2 all true",
-            "anna@desk skip 1 aggregate order/4 poison",
+            "ben@desk retry 2 --all",
+            "anna@desk skip 1 order/4 poison",
         ]
 
 
