@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def bench(events: int, aggregates: int, payload: int, rounds: int, *, as_json: bool) -> None:
-    """Measure outbox, relay and inbox on throwaway servers of this machine (fsync on, persistent, confirmed)."""
+    """Measure outbox, relay and inbox on throwaway servers.
+
+    They run on this machine: fsync on, messages persistent, every one confirmed.
+    """
     from relay.bench.run import measure  # not before it is asked for: a daemon needs neither this nor the sandbox
     from relay.bench.workload import Workload
 

@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a script that makes your shell complete relay's commands and options.
+    """Print a script that completes relay's commands and options.
 
     \b
     eval "$(relay completion bash)"                              in ~/.bashrc

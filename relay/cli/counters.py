@@ -24,8 +24,9 @@ types_option = click.option(
 @set_option
 @types_option
 def counters(config: Path | None, assignments: tuple[str, ...], *, types: tuple[str, ...]) -> None:
-    """Print the number of the newest event of each aggregate: where a consumer that starts from now begins.
+    """Print the newest number of each aggregate, for inbox seed.
 
+    That is where a consumer that starts from now begins.
     Runs on the producer's side (postgres.dsn is the producer's database; the role relay_monitor suffices). JSON Lines, as of
     one moment, for `relay inbox seed --counters`. What is committed is counted, published or not.
 

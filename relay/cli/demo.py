@@ -31,8 +31,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
     "--plain", is_flag=True, help="Plain lines instead of the live view (the default where there is no terminal)."
 )
 def demo(orders: int, seconds: float, seed: int, *, plain: bool) -> None:
-    """A small shop on throwaway servers: relay against kill -9, a broker that dies, duplicates and swapped messages.
+    """A small shop on throwaway servers, with all that goes wrong.
 
+    kill -9, a broker that dies, duplicates and swapped messages.
     Beside relay's inbox the same events go through naive consumers. At the end the tables are compared: what each lost, did
     twice, did too early. Needs no configuration and touches no server of yours; about a minute.
 

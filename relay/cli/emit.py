@@ -57,7 +57,7 @@ def emit(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Insert events from FILE (or standard input), one JSON object a line.
+    """Insert events from FILE or standard input, as JSON Lines.
 
     \b
     {"aggregate_type": "order", "aggregate_id": "42", "event_type": "OrderPaid", "payload": {"amount": 100}}

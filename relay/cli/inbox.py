@@ -19,7 +19,7 @@ from relay.settings import InboxSettings, Settings
 
 @click.group("inbox")
 def inbox() -> None:
-    """Apply events in the consumer's own database, once and in order."""
+    """Apply events in the consumer's database, once, in order."""
 
 
 @inbox.command("run")
@@ -39,7 +39,9 @@ def run(
     queue: str | None,
     store: bool,
 ) -> None:
-    """The inbox daemon: each event once, in order, in one transaction with its effects.
+    """The inbox daemon: each event once, in order.
+
+    In one transaction with its effects.
 
     \b
     What becomes of an event is one of these:

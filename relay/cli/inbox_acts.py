@@ -22,7 +22,9 @@ from relay.operate.selection import Selection
 @selecting("inbox", act=True)
 @acting
 def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Try messages again now whose handler failed; what waits behind them follows, in order. Ask for gaps again that are stuck.
+    """Try messages again now whose handler failed.
+
+    What waits behind them follows, in order. Gaps that are stuck are asked for again.
 
     In store mode: let messages be taken again now that their taker gave back. Attempts are kept: what is stuck and fails
     once more is stuck again.
@@ -51,7 +53,9 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
 def skip(
     config: Path | None, assignments: tuple[str, ...], *, selection: Selection, through: int | None, way: Way
 ) -> None:
-    """Give up messages whose handler failed (in store mode: whose taker did); what waits behind them is applied.
+    """Give up messages whose handler failed; what waits goes on.
+
+    In store mode: whose taker failed.
 
     Their content goes to relay.inbox_quarantine. With --through, pass over numbers that are missing and will not come, and
     over what is held up to there: see `relay inbox gaps`.
@@ -76,7 +80,9 @@ def skip(
 @selecting("inbox", act=True)
 @acting
 def purge(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Give up every held message of the selection: what failed, and all that waits behind it or behind a gap.
+    """Give up every held message of the selection.
+
+    What failed, and all that waits behind it or behind a gap.
     In store mode: what a taker gave back, and all that is stored behind it.
 
     Their content goes to relay.inbox_quarantine, and the cursors pass over them. A number that is missing is still waited
@@ -109,7 +115,9 @@ _RESETTABLE = ("event_type", "cause", "state", "error", "older_than", "since", "
 def reset(
     config: Path | None, assignments: tuple[str, ...], *, selection: Selection, to: int, force: bool, way: Way
 ) -> None:
-    """Move cursors back, so that events are applied again: for a rebuild of what your service keeps.
+    """Move cursors back, so that events are applied again.
+
+    For a rebuild of what your service keeps.
 
     Cursors move back only. What is held stays and waits for its turn again. With --all (of one consumer) events that
     come without order (no aggregate, or policy none) are forgotten, too.
@@ -129,7 +137,9 @@ def reset(
 @selecting("inbox", act=True, without=("state",))
 @acting
 def dismiss(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Say that you have looked at messages in the quarantine: they are not shown as problems any more. They stay there.
+    """Say that you have looked at messages in the quarantine.
+
+    They are not shown as problems any more. They stay there.
 
     \b
     relay inbox dismiss order/42 --cause conflict

@@ -41,7 +41,9 @@ def held(
     payload: bool,
     selection: Selection,
 ) -> None:
-    """Messages that an inbox holds, the first held first: early, failed, or behind one that failed.
+    """Messages that an inbox holds.
+
+    The first held first: early, failed, or behind one that failed.
 
     \b
     relay inbox held order/42
@@ -96,7 +98,9 @@ def _are(told: str, count: int, state: str) -> str:
 @limit_option
 @selecting("inbox", without=("event_type", "cause", "error", "ids"), states=("open", "stuck"))
 def gaps(config: Path | None, assignments: tuple[str, ...], *, as_json: bool, limit: int, selection: Selection) -> None:
-    """Aggregates of which something is missing, the longest known first.
+    """Aggregates of which something is missing.
+
+    The longest known first.
 
     \b
     relay inbox gaps
@@ -170,7 +174,9 @@ def quarantine(
     dismissed: bool,
     selection: Selection,
 ) -> None:
-    """Messages that were put aside, the newest first: never applied, never dropped.
+    """Messages that were put aside: never applied or dropped.
+
+    The newest first.
 
     \b
     relay inbox quarantine

@@ -44,7 +44,9 @@ def listing(
     payload: bool,
     selection: Selection,
 ) -> None:
-    """Rows of the outbox, the newest first, each with what became of it.
+    """Rows of the outbox, each with what became of it.
+
+    The newest first.
 
     \b
     relay list --state stuck

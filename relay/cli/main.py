@@ -88,7 +88,10 @@ async def _migrate(settings: Settings) -> schema.Report:
 @set_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def check(config: Path | None, assignments: tuple[str, ...], *, as_json: bool) -> None:
-    """Compare the schema with what this program needs; name what is missing. Exits with 3 if anything is."""
+    """Compare the schema with what this program needs.
+
+    Names what is missing, and exits with 3 if anything is.
+    """
     missing = asyncio.run(_check(settings_from(config, assignments)))
     if as_json:
         click.echo(json.dumps({"ok": not missing, "missing": missing}))
@@ -111,8 +114,9 @@ async def _check(settings: Settings) -> list[str]:
 @set_option
 @click.option("--drain", is_flag=True, help="End when everything that is committed has been published.")
 def run(config: Path | None, assignments: tuple[str, ...], *, drain: bool) -> None:
-    """The outbox daemon: publish committed events, in order, confirmed.
+    """The outbox daemon: publish committed events in order.
 
+    Each is confirmed by the broker.
     Several may run: one owns the log, the others stand by and take over within seconds. The first SIGTERM or SIGINT drains
     within daemon.shutdown_grace_s, the second stops at once.
     """

@@ -26,7 +26,9 @@ _STATES = ("retrying", "stuck", "paused")
 @selecting("outbox", act=True, states=_STATES)
 @acting
 def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Try parked events again now: the first of each selected aggregate, then what waits behind it, in order.
+    """Try parked events again now.
+
+    The first of each selected aggregate, then what waits behind it, in order.
 
     The filters describe the event that holds its aggregate up, as `relay stuck` shows it. Attempts are kept: what is stuck
     and refused once more is stuck again. What is paused is left alone (`relay resume`).
@@ -47,7 +49,9 @@ def retry(config: Path | None, assignments: tuple[str, ...], *, selection: Selec
 @selecting("outbox", act=True, states=_STATES)
 @acting
 def skip(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Give up the one event that holds each selected aggregate up; what waits behind it is published.
+    """Give up the one event that holds each aggregate up.
+
+    Of each selected aggregate; what waits behind it is published.
 
     A tombstone with the same sequence number is published in its place, so that consumers pass over it. The event's content
     stays in relay.outbox until its time is over, but it will not be delivered.
@@ -71,7 +75,9 @@ def skip(config: Path | None, assignments: tuple[str, ...], *, selection: Select
 @selecting("outbox", act=True, states=_STATES)
 @acting
 def purge(config: Path | None, assignments: tuple[str, ...], *, selection: Selection, way: Way) -> None:
-    """Give up every parked event of the selection: the one that holds its aggregate up, and all that waits behind it.
+    """Give up every parked event of the selection.
+
+    The one that holds its aggregate up, and all that waits behind it.
 
     Tombstones with the same sequence numbers are published in their places, so that consumers pass over them.
     --cause, --state, --error and --older-than describe the event that holds its aggregate up.
@@ -97,7 +103,9 @@ _shard_option = click.option("--shard", type=click.IntRange(0, 32767), metavar="
 def pause(
     config: Path | None, assignments: tuple[str, ...], *, selection: Selection, shard: int | None, way: Way
 ) -> None:
-    """Hold events back: of one aggregate, a type of aggregates, a type of events, or a shard. Producers go on as before.
+    """Hold events back; producers go on as before.
+
+    Of one aggregate, a type of aggregates, a type of events, or a shard.
 
     What is committed meanwhile waits, and is published in order after `relay resume`. A paused event holds back what comes
     after it in its aggregate, too: the order is kept.
@@ -135,7 +143,9 @@ def resume(
     all_pauses: bool,
     way: Way,
 ) -> None:
-    """Let go on what `relay pause` holds: what has waited is published now, in order.
+    """Let go on what `relay pause` holds.
+
+    What has waited is published now, in order.
 
     \b
     relay resume order/42

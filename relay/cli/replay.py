@@ -68,8 +68,9 @@ def replay(
     listing: bool,
     way: Way,
 ) -> None:
-    """Send again what was published and is still retained (outbox.retention_s), with the same message ids.
+    """Send again what was published and is still retained.
 
+    With the same message ids; outbox.retention_s says how long rows are retained.
     An inbox drops what it has applied already. To let one consumer do everything again: relay inbox reset, then a replay
     into its queue. What is paused, parked or not published yet is left out: it is still to come.
 

@@ -65,8 +65,9 @@ def seed_command(
     force: bool,
     way: Way,
 ) -> None:
-    """Let a consumer that joins late start from now: nothing before it, everything after it, in order.
+    """Let a consumer that joins late start from now.
 
+    Nothing before it, everything after it, in order.
     Each cursor is put at the producer's counter. An event that is committed when the counters are read is before, published
     or not: when it comes, it is dropped as a duplicate. What is committed later is applied. Aggregates that are new then
     start at 1. Cursors that count already are left alone. A consumer with inbox.start_from = "now" does not run before this.
