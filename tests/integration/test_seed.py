@@ -344,7 +344,7 @@ async def test_a_dsn_that_is_none_is_refused_without_being_shown(consumer: Consu
 async def test_a_producer_that_was_never_published_has_no_name(producer: Settings, consumer: Consumer) -> None:
     await write(producer, [("order/1", 1)])
     answer = await consumer.seed("--yes")
-    assert (answer.code, "no relay has run on this database yet" in answer.err) == (2, True)
+    assert (answer.code, "Is postgres.dsn the producer's?" in answer.err) == (2, True)
     with_name = await consumer.seed("--yes", "-s", "source=shop")
     assert with_name.code == 0
     assert json.loads((await consumer.seed("--dry-run", "--json", "-s", "source=shop")).out)["same"] == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.errors import ConfigError
 from relay.postgres import queries
 from relay.postgres.queries import all_queries, query, sql_root
 
@@ -17,11 +18,21 @@ BLOCKS = sorted(all_queries())
 
 _COMMENT = re.compile(r"^\s*--.*$", re.MULTILINE)
 _PARAMETER = re.compile(r"\$(\d+)")
+_RANGE = re.compile(r"\$(\d+) to \$(\d+)")
+_AS_FOR = re.compile(r"as (?:for|in) `(\w+)`")
 
 
 def test_a_name_that_is_in_no_file_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         query("no_such_block")
+
+
+def test_sql_that_is_not_there_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a server that cannot be reached, which is what a missing file is to asyncpg's callers."""
+    monkeypatch.setattr(queries, "__file__", str(tmp_path / "relay" / "postgres" / "queries.py"))
+    monkeypatch.setattr(queries.resources, "files", lambda _: tmp_path)
+    with pytest.raises(ConfigError, match="relay's own SQL is missing: .* Install relay again"):
+        sql_root()
 
 
 def test_every_query_that_the_program_asks_for_exists() -> None:
@@ -50,8 +61,18 @@ def test_nothing_in_the_files_is_outside_a_block() -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_parameter_is_explained_above_the_block(name: str) -> None:
     text = query(name)
-    explained = set(_PARAMETER.findall("\n".join(_COMMENT.findall(text))))
-    assert set(_PARAMETER.findall(_COMMENT.sub("", text))) <= explained
+    assert set(_PARAMETER.findall(_COMMENT.sub("", text))) <= _explained(text)
+
+
+def _explained(text: str) -> set[str]:
+    """Those that a comment names: one, a range, or all of another block (`Filters as for ...`)."""
+    comments = "\n".join(_COMMENT.findall(text))
+    explained = set(_PARAMETER.findall(comments))
+    for first, last in _RANGE.findall(comments):
+        explained |= {str(number) for number in range(int(first), int(last) + 1)}
+    for other in _AS_FOR.findall(comments):
+        explained |= _explained(query(other))
+    return explained
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -445,6 +445,11 @@ def test_the_origin_that_is_told_is_the_one_that_won(toml: Toml) -> None:
     assert "outbox.page_rows (from flags)" in refused(file=path, flags={"outbox.page_rows": "x"})
 
 
+def test_a_list_may_be_one_text_in_the_file_too(toml: Toml) -> None:
+    assert load_settings(file=toml("[inbox]\nbindings = 'order.#'"), environ={}).inbox.bindings == ("order.#",)
+    assert load_settings(file=toml("[inbox]\nbindings = 'a.#, b.#'"), environ={}).inbox.bindings == ("a.#", "b.#")
+
+
 def test_lists_and_tables_are_written_alike_in_the_environment_and_in_flags() -> None:
     environ = {"RELAY_INBOX_BINDINGS": " a.#, b.# ,", "RELAY_INBOX_POLICIES": "order=latest, stock = none"}
     flags = {"inbox.bindings": "a.#,b.#", "inbox.policies": "order=latest,stock=none"}
