@@ -431,6 +431,7 @@ SELECT o.id FROM relay.outbox o WHERE o.shard = $1 AND o.id <= $2 ORDER BY o.id 
 -- $11 inserted since, $12 inserted before, $13 from seq, $14 to seq, $15 ids (bigint[])
 
 -- name: see_ids_in_log
+-- Filters, $1 to $15: listed above `see_ids_in_log`.
 -- In a piece of the log that the caller keeps short. $16 only what is published (boolean)
 SELECT o.id FROM relay.outbox o
 WHERE o.shard = $1 AND o.id > $2 AND o.id <= $3
@@ -446,6 +447,7 @@ WHERE o.shard = $1 AND o.id > $2 AND o.id <= $3
 ORDER BY CASE WHEN $4::boolean THEN -o.id ELSE o.id END LIMIT $5
 
 -- name: see_ids_of_aggregate
+-- Filters, $1 to $15: listed above `see_ids_in_log`.
 -- Of one aggregate: $6 and $7 are its names, not patterns. $16 only what is published (boolean)
 SELECT o.id FROM relay.outbox o
 WHERE o.aggregate_type = $6 AND o.aggregate_id = $7
@@ -461,6 +463,7 @@ WHERE o.aggregate_type = $6 AND o.aggregate_id = $7
 ORDER BY CASE WHEN $4::boolean THEN -o.id ELSE o.id END LIMIT $5
 
 -- name: see_ids_waiting
+-- Filters, $1 to $15: listed above `see_ids_in_log`.
 -- Among what is committed and not published yet: of those behind the cursor, the first $16 by transaction (see `see_backlog`).
 -- $16 most rows to look at, $17 xmax of the cursor's snapshot (text), $18 its transactions in progress (text[])
 SELECT o.id FROM (
@@ -484,6 +487,7 @@ WHERE NOT relay.outbox_is_read(o.xid, o.id, c.snapshot, c.window_snapshot, c.aft
 ORDER BY CASE WHEN $4::boolean THEN -o.id ELSE o.id END LIMIT $5
 
 -- name: see_ids_parked
+-- Filters, $1 to $15: listed above `see_ids_in_log`.
 -- Among the parked rows; the times are those of parking. $16 cause, $17 states (text[]), $18 detail (pattern of ILIKE)
 SELECT p.id FROM relay.outbox_parked p
 WHERE p.shard = $1 AND p.id > $2 AND p.id <= $3
@@ -517,6 +521,7 @@ ORDER BY CASE WHEN $4::boolean THEN -t.id ELSE t.id END LIMIT $5
 -- $6 state, $7 for longer than (s), $8 since, $9 until, $10 from seq, $11 to seq, $12 ids, $13 source, $14 consumer, $15 after id, $16 limit
 
 -- name: see_held
+-- Filters, $1 to $16: listed above `see_held`.
 -- Held messages by id, which is the order in which they were held. $17 only these (bigint[], what `see_errors` found; null: all)
 SELECT h.id, h.consumer, h.source, h.aggregate_type, h.aggregate_id, h.seq, h.event_type, h.message_id, h.reason, h.state, h.attempts,
   h.held_at, h.next_attempt_at
@@ -548,6 +553,7 @@ SELECT id, error FROM relay.inbox WHERE id = ANY ($1::bigint[]) AND error IS NOT
 SELECT id, substr(body, 1, $2) AS body FROM relay.inbox_held WHERE id = ANY ($1::bigint[])
 
 -- name: see_gaps
+-- Filters, $1 to $16: listed above `see_held`.
 -- Aggregates of which something is missing, the oldest first: the first missing number, the number held that follows it, how many
 -- are missing in all. $4, $12 and $15 are not for gaps, $5 is found_by; `total` counts all that the filters select.
 SELECT g.consumer, g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.found_by, g.noticed_at, g.state, g.asks, g.next_ask_at, g.detail,
@@ -578,6 +584,7 @@ CROSS JOIN LATERAL (
 ORDER BY g.noticed_at, g.aggregate_id
 
 -- name: see_quarantine
+-- Filters, $1 to $16: listed above `see_held`.
 -- Quarantined messages by id, newest first. $4 is not for quarantine, $6 is open or dismissed. $15: before this id. $17 detail (pattern of ILIKE)
 SELECT q.id, q.consumer, q.reason, q.detail, q.message_id, q.exchange, q.routing_key, q.received_at, q.source, q.aggregate_type, q.aggregate_id,
   q.seq, q.dismissed_at

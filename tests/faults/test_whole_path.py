@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aio_pika
+import asyncpg
 import pytest
 
 from relay.inbox import Inbox
@@ -76,12 +77,28 @@ async def everything_applied(database: str, consumer_database: str) -> bool:
     return bool(await applied_count(consumer_database) >= committed)
 
 
-async def kill_relays(settings: Settings, seed: int, kills: int) -> None:
-    """Start a relay, let it work for a random time, kill -9; the last one lives."""
+async def owner_epoch(database: str) -> int:
+    """How often the log has been taken over; -1 while the database does not answer."""
+    try:
+        async with connected(database) as db:
+            return int(await db.fetchval("SELECT epoch FROM relay.outbox_cursor"))
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        return -1
+
+
+async def has_new_owner(database: str, before: int) -> bool:
+    return await owner_epoch(database) > before
+
+
+async def kill_relays(settings: Settings, database: str, seed: int, kills: int) -> None:
+    """Start a relay, wait until it owns the log, let it work for a random time, kill -9."""
     dice = random.Random(seed)
     for _ in range(kills):
+        before = await owner_epoch(database)
         relay = await RelayProcess.start(settings)
-        await asyncio.sleep(1.0 + dice.random())  # the random point of the kill: it takes about 0.8 s to the first page
+        with suppress(TimeoutError):  # the database is down: killed while it waits, which is a point as good as others
+            await until(lambda epoch=before: has_new_owner(database, epoch), timeout_s=8)
+        await asyncio.sleep(0.1 + dice.random())  # the random point of the kill
         await relay.kill()
         assert relay.process.returncode == -9
 
@@ -105,7 +122,7 @@ async def test_20_kills_two_broker_restarts_and_a_database_restart_cost_nothing(
         producers = [
             asyncio.create_task(keep_booking(database, n, stop, aggregates=50, pause_s=0.01)) for n in range(4)
         ]
-        killing = asyncio.create_task(kill_relays(settings, competing, KILLS))
+        killing = asyncio.create_task(kill_relays(settings, database, competing, KILLS))
         for restart in (rabbitmq.restart, rabbitmq.start_again, postgres.restart):
             await asyncio.sleep(2)  # load between the faults
             if restart == rabbitmq.start_again:
