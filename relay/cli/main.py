@@ -42,7 +42,7 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except RelayError as exc:
-            click.echo(printable(f"relay: {type(exc).__name__}: {exc}"), err=True)
+            click.echo(printable(f"relay: {exc}"), err=True)
             ctx.exit(exc.exit_code)
 
 
