@@ -25,6 +25,8 @@ from click.testing import CliRunner, Result
 from relay.cli import acting
 from relay.cli.main import cli
 from relay.errors import Declined
+from relay.sandbox import Postgres
+from tests.harness.logins import Logins
 
 Run = Callable[..., Result]
 PROGRAM = (sys.executable, "-m", "relay")
@@ -333,6 +335,18 @@ class TestWhoIsThere:
         assert "relay tries them as soon as a relay runs (none does now);" in run("retry", "order/1", "--yes").stdout
         db.execute("SELECT pg_advisory_lock(727003, 0)")
         assert "relay tries them now;" in run("retry", "order/2", "--yes").stdout
+
+
+def test_who_may_only_look_is_told_which_role_acts(
+    run: Run, db: psycopg.Connection[Any], postgres: Postgres, database: str
+) -> None:
+    before = tables(db)
+    with Logins(postgres) as logins:
+        monitor = logins.create(database, "relay_monitor")
+        for command in (("retry", "--all"), ("pause", "order/1"), ("inbox", "retry", "order/1")):
+            result = run(*command, "--yes", dsn=monitor)
+            assert (result.exit_code, "relay_operator for acts (retry, skip," in result.stderr) == (4, True)
+    assert tables(db) == before
 
 
 class TestHelp:
