@@ -110,7 +110,17 @@ def _replay() -> list[str]:
 async def _reset(w: World, consumer: str) -> None:
     environment = os.environ | {"RELAY_POSTGRES_DSN": consumer}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "relay", "inbox", "reset", "--all", "--consumer", "shop", "--yes", env=environment
+        sys.executable,
+        "-m",
+        "relay",
+        "inbox",
+        "reset",
+        "--all",
+        "--consumer",
+        "shop",
+        "--yes",
+        "--force",
+        env=environment,
     )
     assert await process.wait() == 0
     await w.db.execute("TRUNCATE effect")
