@@ -30,7 +30,7 @@ def test_a_name_that_is_in_no_file_is_a_key_error() -> None:
 def test_sql_that_is_not_there_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not as a server that cannot be reached, which is what a missing file is to asyncpg's callers."""
     monkeypatch.setattr(queries, "__file__", str(tmp_path / "relay" / "postgres" / "queries.py"))
-    monkeypatch.setattr(queries.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr("relay.postgres.queries.resources.files", lambda _: tmp_path)
     with pytest.raises(ConfigError, match=r"relay's own SQL is missing: .* Install relay again"):
         sql_root()
 
