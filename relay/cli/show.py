@@ -50,13 +50,13 @@ def show(
     relay show order/42 -c billing.toml      the consumer's side, where it has a database of its own
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
     name = _name(aggregate)
-    story, bodies, held_bodies = look_at(
+    story, bodies, held_bodies, several = look_at(
         config, assignments, lambda look: _ask(look, name, limit, payload=payload), command="show"
     )
     if as_json:
         print_json(_json(story, bodies, held_bodies, payload=payload))
         return
-    _show(story)
+    _show(story, several=several)
     _payloads("PAYLOADS IN THE OUTBOX", {f"#{r.seq} id {r.id}": bodies.get(r.id) for r in (story.outbox.rows if story.outbox else ())}, payload)  # fmt: skip
     _payloads("PAYLOADS HELD", {f"{i.consumer} #{h.seq} id {h.id}": held_bodies.get(h.id) for i in story.inbox for h in i.held}, payload)  # fmt: skip
 
@@ -71,18 +71,19 @@ def _name(aggregate: str) -> tuple[str, str]:
 
 async def _ask(
     look: Look, name: tuple[str, str], limit: int, *, payload: bool
-) -> tuple[Story, dict[int, Content], dict[int, Content]]:
+) -> tuple[Story, dict[int, Content], dict[int, Content], bool]:
     story = await operate.story(look, *name, limit=limit)
     if story is None:
         raise NothingSelected(await _unknown(look, name))
+    several = await look.has_several_inboxes()
     if not payload:
-        return story, {}, {}
+        return story, {}, {}, several
     bodies: dict[int, Content] = {}
     rows = story.outbox.rows if story.outbox else ()
     for shard in {row.shard for row in rows}:
         bodies |= await contents(look, shard, [row.id for row in rows if row.shard == shard])
     held = [h.id for i in story.inbox for h in i.held]
-    return story, bodies, await held_contents(look, held) if held else {}
+    return story, bodies, await held_contents(look, held) if held else {}, several
 
 
 async def _unknown(look: Look, name: tuple[str, str]) -> str:
@@ -103,7 +104,7 @@ def _json(
     return told
 
 
-def _show(story: Story) -> None:
+def _show(story: Story, *, several: bool) -> None:
     heading(f"{story.aggregate_type}/{story.aggregate_id}")
     if story.outbox is not None:
         _outbox(story.outbox, story.at)
@@ -131,7 +132,7 @@ def _show(story: Story) -> None:
         line()
         heading("OPERATORS")
         table(*acts_table(story.acts))
-    _end(story)
+    _end(story, several=several)
 
 
 def acts_table(acts: tuple[Act, ...]) -> tuple[tuple[str, ...], list[tuple[str | int, ...]]]:
@@ -246,32 +247,42 @@ def _payloads(title: str, named: dict[str, Content | None], payload: bool) -> No
             line(f"  {printable(name)}: {content(found)}")
 
 
-def _end(story: Story) -> None:
+def _end(story: Story, *, several: bool) -> None:
     line()
     if not story.errors_readable and any(h.reason == "failed" for c in story.inbox for h in c.held):
         line("What the handler said is shown to members of relay_operator only.")
-    line(_next(story))
+    line(_next(story, several=several))
 
 
-def _next(story: Story) -> str:
-    """What goes on from here: of all that is blocked, what is nearest to the producer."""
+def _next(story: Story, *, several: bool) -> str:
+    """What goes on from here: of all that is blocked, what is nearest to the producer. `several`: inboxes in this database."""
+
+    def of(consumer: str) -> str:
+        return f"{name} --consumer {shlex.quote(consumer)}" if several else name
+
     name = shlex.quote(aggregate_text(story.aggregate_type, story.aggregate_id))
     rows = story.outbox.rows if story.outbox else ()
-    gaps = [c.gap for c in story.inbox if c.gap is not None]
+    gaps = [(c.gap, c.consumer) for c in story.inbox if c.gap is not None]
     if any(r.state in ("stuck", "retrying") and r.reason != "tombstone" for r in rows):
         return f"Next: mend the cause, then {here(f'relay retry {name}')}; or give the event up: {here(f'relay skip {name}')}"
-    if any(h.reason == "failed" for c in story.inbox for h in c.held):
-        return _inbox_next("mend the handler", name)
-    if any(s.attempts for c in story.inbox for s in c.stored):
-        return _inbox_next("mend the taker", name)
-    if (stuck := next((g for g in gaps if g.state == "stuck"), None)) is not None:
-        return f"Next: give the missing numbers up: {here(f'relay inbox skip {name} --through {stuck.missing_to}')}"
+    for c in story.inbox:
+        if any(h.reason == "failed" for h in c.held):
+            return _inbox_next("mend the handler", of(c.consumer))
+    for c in story.inbox:
+        if any(s.attempts for s in c.stored):
+            return _inbox_next("mend the taker", of(c.consumer))
+    for gap, consumer in gaps:
+        if gap.state == "stuck":
+            skip = here(f"relay inbox skip {of(consumer)} --through {gap.missing_to}")
+            return f"Next: give the missing numbers up: {skip}"
     if story.pauses:
         return f"Next: {'; '.join(here(resume(p)) for p in story.pauses)}"
     if any(r.state == "paused" for r in rows):
         return "It was paused, and is no more: the relay publishes it as soon as it runs."
-    if any(q.dismissed_at is None and q.reason not in ("skipped", "purged") for q in story.quarantine):
-        return f"Next: {here(f'relay inbox quarantine {name}')}, then {here(f'relay inbox dismiss {name}')}"
+    for q in story.quarantine:
+        if q.dismissed_at is None and q.reason not in ("skipped", "purged"):
+            quarantined = of(q.consumer)
+            return f"Next: {here(f'relay inbox quarantine {quarantined}')}, then {here(f'relay inbox dismiss {quarantined}')}"
     if gaps:
         return f"It waits for numbers that are missing; the producer's relay is asked for them: {here(f'relay inbox gaps {name}')}"
     return "Nothing of it needs a person." if story.inbox else "Nothing of it needs a person in this database."

@@ -132,7 +132,7 @@ def _parked(s: ShardStatus, now: datetime) -> str:
     kinds = [
         f"{number(n)} {word}" for n, word in ((p.stuck, "stuck"), (p.retrying, "retrying"), (p.paused, "paused")) if n
     ]
-    return f"{plural(p.rows, 'row')} of {plural(p.aggregates, 'aggregate')} ({', '.join(kinds)}), the oldest {ago(p.oldest, now)}"
+    return f"{plural(p.rows, 'row')} of {plural(p.aggregates, 'aggregate')} ({', '.join(kinds)}), the oldest {_since(p.oldest, now)}"
 
 
 def _inbox(consumers: tuple[ConsumerStatus, ...], now: datetime) -> None:
@@ -147,7 +147,10 @@ def _consumer(c: ConsumerStatus, now: datetime) -> list[tuple[str, str]]:
     told = [("applied", f"{number(c.applied)}, lately {number(c.rate)}/s, {running}"), ("held", _held(c, now))]
     if c.gaps.open or c.gaps.stuck:
         told.append(
-            ("gaps", f"{number(c.gaps.open)} open, {number(c.gaps.stuck)} stuck, the oldest {ago(c.gaps.oldest, now)}")
+            (
+                "gaps",
+                f"{number(c.gaps.open)} open, {number(c.gaps.stuck)} stuck, the oldest {_since(c.gaps.oldest, now)}",
+            )
         )
     if c.quarantine:
         told.append(("quarantine", ", ".join(f"{number(n)} {reason}" for reason, n in c.quarantine.items())))
@@ -168,7 +171,11 @@ def _held(c: ConsumerStatus, now: datetime) -> str:
         return "nothing"
     kinds = [f"{number(n)} {word}" for n, word in ((h.failed, "failed"), (h.early, "early"), (h.behind, "behind")) if n]
     stuck = f", {number(h.stuck)} stuck" if h.stuck else ""
-    return f"{plural(h.rows, 'message')} of {plural(h.aggregates, 'aggregate')} ({', '.join(kinds)}){stuck}, the oldest {ago(h.oldest, now)}"
+    return f"{plural(h.rows, 'message')} of {plural(h.aggregates, 'aggregate')} ({', '.join(kinds)}){stuck}, the oldest {_since(h.oldest, now)}"
+
+
+def _since(oldest: datetime | None, now: datetime) -> str:
+    return "–" if oldest is None else f"{duration((now - oldest).total_seconds())} ago"
 
 
 def _waiting(rows: int, *, more: bool, age_s: float | None, noun: str) -> str:

@@ -54,15 +54,15 @@ def stuck(
     skip or purge (outbox), inbox retry, inbox skip or inbox purge (inbox).
     """  # noqa: D301 - click's own mark: do not wrap this paragraph
 
-    async def ask(look: Look) -> tuple[Stuck, str]:
+    async def ask(look: Look) -> tuple[Stuck, str, bool]:
         told = await operate.stuck(look, selection, by_cause=by is not None, limit=limit)
-        return told, "" if told.total else await _nothing(look, selection)
+        return told, "" if told.total else await _nothing(look, selection), await look.has_several_inboxes()
 
-    found, empty = look_at(config, assignments, ask, command="stuck")
+    found, empty, several = look_at(config, assignments, ask, command="stuck")
     if as_json:
         print_json(found)
     else:
-        _show(found, empty)
+        _show(found, empty, several=several)
 
 
 async def _nothing(look: Look, selection: Selection) -> str:
@@ -74,7 +74,7 @@ async def _nothing(look: Look, selection: Selection) -> str:
     return f"Nothing is blocked in database {look.database}: nothing was published or consumed there. Is it the right one? {RIGHT_ONE}"
 
 
-def _show(found: Stuck, empty: str) -> None:
+def _show(found: Stuck, empty: str, *, several: bool) -> None:
     if found.blocked:
         table(
             ("side", "aggregate", "seq", "event", "cause", "state", "since", "attempts", "next", "behind", "id", "what was said"),
@@ -98,10 +98,10 @@ def _show(found: Stuck, empty: str) -> None:
                 for p in found.pauses
             ],
         )
-    _end(found, empty)
+    _end(found, empty, several=several)
 
 
-def _end(found: Stuck, empty: str) -> None:
+def _end(found: Stuck, empty: str, *, several: bool) -> None:
     shown = len(found.blocked) + len(found.causes)
     if not found.total:
         if found.pauses:
@@ -112,7 +112,7 @@ def _end(found: Stuck, empty: str) -> None:
     if found.causes:
         line(_shown(shown, found.total, "cause"))
         line(f"Next: {here('relay stuck --cause CAUSE')}")
-        for goes_on in dict.fromkeys(_goes_on(c, found.pauses) for c in found.causes):
+        for goes_on in dict.fromkeys(_goes_on(c, found.pauses, several=several) for c in found.causes):
             if goes_on:
                 line(f"  {goes_on}")
         return
@@ -125,8 +125,9 @@ def _end(found: Stuck, empty: str) -> None:
         line(f"Next: {here(f'relay show {name}')}")
 
 
-def _goes_on(c: Cause, pauses: tuple[Pause, ...]) -> str | None:
-    """What goes on from a cause; None for what heals without anybody."""
+def _goes_on(c: Cause, pauses: tuple[Pause, ...], *, several: bool) -> str | None:
+    """What goes on from a cause; None for what heals without anybody. `several`: inboxes in this database."""
+    of = f" --consumer {shlex.quote(c.consumer)}" if several and c.consumer is not None else ""
     match c.side, c.cause:
         case "outbox", "paused":
             return f"paused: {here(resume(pauses[0]) if len(pauses) == 1 else 'relay resume --all')}"
@@ -137,12 +138,12 @@ def _goes_on(c: Cause, pauses: tuple[Pause, ...]) -> str | None:
         case "inbox", "gap":
             return f"gap: {here('relay inbox gaps')}"
         case "inbox", "foreign" | "malformed" | "conflict":
-            look, then = (f"relay inbox {command} --cause {c.cause}" for command in ("quarantine", "dismiss"))
+            look, then = (f"relay inbox {command} --cause {c.cause}{of}" for command in ("quarantine", "dismiss"))
             return f"{c.cause}: {here(look)}, then {here(then)}"
         case "inbox", "stranded":
             return f"stranded: {here('relay inbox run')} mends it"
         case _, cause:
-            return f"{cause}: mend it, then {here(f'relay inbox retry --cause {cause}')}"
+            return f"{cause}: mend it, then {here(f'relay inbox retry --cause {cause}{of}')}"
 
 
 def _shown(shown: int, total: int, noun: str) -> str:

@@ -42,6 +42,10 @@ class Look:
         """The first record of a named block."""
         return await self.connection.fetchrow(query(block), *arguments)
 
+    async def has_several_inboxes(self) -> bool:
+        """True when more than one consumer keeps its inbox here: an act has to say which it means."""
+        return len(await self.fetch("see_inboxes")) > 1
+
     def age_s(self, moment: datetime | None) -> float | None:
         """Seconds from `moment` to now; None for None."""
         return None if moment is None else max(0.0, (self.now - moment).total_seconds())

@@ -12,6 +12,13 @@ SELECT current_database() AS database, current_user AS role, now() AS now,
     OR EXISTS (SELECT FROM relay.inbox_seed) AS inbox,
   has_column_privilege('relay.inbox_held', 'error', 'SELECT') AND has_column_privilege('relay.inbox', 'error', 'SELECT') AS errors
 
+-- name: see_inboxes
+-- Whose inboxes are here, as far as they ran or something of them is blocked: an act has to name one when there are several. Stored events
+-- are looked at as far as they were given back: there can be millions, and who stores them has run.
+SELECT consumer FROM relay.inbox_progress UNION SELECT consumer FROM relay.inbox_seed UNION SELECT consumer FROM relay.inbox_gap
+UNION SELECT consumer FROM relay.inbox_held UNION SELECT consumer FROM relay.inbox_quarantine WHERE dismissed_at IS NULL
+UNION SELECT consumer FROM relay.inbox WHERE leads AND attempts > 0
+
 -- --- relay status: the outbox
 
 -- name: see_shards

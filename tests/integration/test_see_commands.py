@@ -270,13 +270,13 @@ class TestStuck:
         at = lines.index("13 causes.")
         assert lines[at + 1] == "Next: relay stuck --cause CAUSE"
         assert sorted(lines[at + 2 :]) == [
-            "conflict: relay inbox quarantine --cause conflict, then relay inbox dismiss --cause conflict",
-            "failed: mend it, then relay inbox retry --cause failed",
-            "foreign: relay inbox quarantine --cause foreign, then relay inbox dismiss --cause foreign",
+            "conflict: relay inbox quarantine --cause conflict --consumer billing, then relay inbox dismiss --cause conflict --consumer billing",
+            "failed: mend it, then relay inbox retry --cause failed --consumer billing",
+            "foreign: relay inbox quarantine --cause foreign --consumer billing, then relay inbox dismiss --cause foreign --consumer billing",
             "gap: relay inbox gaps",
             "nacked: mend it, then relay retry --cause nacked",
             "paused: relay resume order/3",
-            "taken: mend it, then relay inbox retry --cause taken",
+            "taken: mend it, then relay inbox retry --cause taken --consumer store",
             "too_large: mend it, then relay retry --cause too_large",
             "unroutable: mend it, then relay retry --cause unroutable",
         ]
@@ -370,7 +370,8 @@ class TestShow:
         assert "1 billing 2 conflict AGE number 2 was applied with another content" in lines
         assert "4 billing 1 skipped AGE by anna" in lines
         assert lines[-1] == (
-            "Next: mend the handler, then relay inbox retry order/1; or give the event up: relay inbox skip order/1"
+            "Next: mend the handler, then relay inbox retry order/1 --consumer billing;"
+            " or give the event up: relay inbox skip order/1 --consumer billing"
         )
 
     def test_a_gap_that_heals_and_one_that_does_not(self, billing: str) -> None:
@@ -378,7 +379,7 @@ class TestShow:
         assert (
             "MISSING 2 to 3 (and 2 further on), noticed AGE, the producer has it no longer: no longer retained" in lines
         )
-        assert lines[-1] == "Next: give the missing numbers up: relay inbox skip order/7 --through 3"
+        assert lines[-1] == "Next: give the missing numbers up: relay inbox skip order/7 --consumer billing --through 3"
         lines = relay(billing, "show", "order/10").lines()
         assert any(line.startswith("missing 1 to 2, noticed AGE, asked for 1 time, again") for line in lines)
         assert lines[-1] == (
@@ -396,7 +397,8 @@ class TestShow:
         assert relay(database, "show", "order/3").lines()[-1] == "Next: relay resume --type order"
         run(database, block_inbox, "DELETE FROM relay.inbox_held", "DELETE FROM relay.outbox_parked")
         assert relay(database, "show", "order/1").lines()[-1] == (
-            "Next: mend the taker, then relay inbox retry order/1; or give the event up: relay inbox skip order/1"
+            "Next: mend the taker, then relay inbox retry order/1 --consumer store;"
+            " or give the event up: relay inbox skip order/1 --consumer store"
         )
         run(database, "DELETE FROM relay.inbox", "DELETE FROM relay.outbox_pause")
         assert relay(database, "show", "order/1").lines()[-1] == (
