@@ -10,7 +10,7 @@ import structlog
 
 from relay.errors import RelayError
 from relay.settings import DaemonSettings
-from relay.supervisor import HEALTHY_S, Backoff
+from relay.supervisor import HEALTHY_S, Backoff, ended
 
 Service = Callable[[], Awaitable[None]]
 """Runs until it is cancelled. Called again, after a back-off, when it raises or returns."""
@@ -31,9 +31,7 @@ async def beside(
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*tasks)
 
 
 async def _again_and_again(

@@ -16,6 +16,9 @@ from relay.settings import DaemonSettings
 WRONG_AT_START = (PrivilegeError, PostgresRefused)
 """A running daemon waits for rights or a password to come back; one that starts without them was set up wrongly."""
 
+_INSIST_S = 1.0
+"""Time between two cancellations of a task that goes on."""
+
 HEALTHY_S = 30.0
 """A session that lasted this long was healthy: the next failure starts again with the shortest delay."""
 
@@ -72,9 +75,21 @@ async def until_stopped(
             return
         await work
     finally:
-        for task in (work, stopping):
+        await ended(work, stopping)
+
+
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait for their end, whatever they raise.
+
+    Insists: a library that is just connecting can swallow a cancellation and report the broker's refusal instead, and the task
+    goes on (seen: a session whose end waited for ever for a service beside it).
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(work, stopping, return_exceptions=True)
+        _, pending = await asyncio.wait(pending, timeout=_INSIST_S)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:

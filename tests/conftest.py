@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 
 import asyncpg
 import pytest
+import structlog
 
 from relay.postgres.migrate import migrate
 from relay.sandbox import Postgres, RabbitMQ, find_postgres, find_rabbitmq
@@ -24,6 +25,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True)
+def logging_is_nobodys() -> Iterator[None]:
+    """A command that is run in the test's own process sets the level of the log: not for the tests after it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from relay.errors import BrokerError
 from relay.message import Message, Row
 from relay.outbox.store import Due
 from relay.rabbitmq.contract import Outcome, Publisher, Refused, Unknown
+from relay.supervisor import ended
 
 Tried = tuple[Due, Outcome | None]
 """A row that was tried; None: the broker could not be reached, which says nothing about the row."""
@@ -81,8 +82,7 @@ class Alone:
     async def close(self) -> None:
         """End it: the row is tried again by the next session."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended(self._task)
 
     async def _try(self) -> Outcome | None:
         try:

@@ -126,14 +126,18 @@ def test_an_act_without_a_filter_is_refused_and_all_beside_one_as_well() -> None
 _ACTS = (("retry",), ("skip",), ("purge",), ("replay",), ("inbox", "retry"), ("inbox", "skip"), ("inbox", "purge"))
 
 
-@pytest.mark.parametrize("command", _ACTS, ids=" ".join)
-@pytest.mark.parametrize("nothing", [("*/*",), ("--seq", "1-"), ("--error", ""), ("--older-than", "0")], ids=str)
+_NO_BOUNDS = (("*/*",), ("--seq", "1-"), ("--error", ""), ("--older-than", "0"))
+_NOT_OF_REPLAY = (("--error", ""), ("--older-than", "0"))
+
+
+@pytest.mark.parametrize(
+    ("command", "nothing"),
+    [(c, n) for c in _ACTS for n in _NO_BOUNDS if not (c == ("replay",) and n in _NOT_OF_REPLAY)],
+)
 def test_no_act_takes_a_filter_that_excludes_nothing_for_a_bound(
     command: tuple[str, ...], nothing: tuple[str, ...]
 ) -> None:
     """Refused before anything is connected to."""
-    if command == ("replay",) and nothing[0] in ("--error", "--older-than"):
-        pytest.skip("not an option of this command")
     nowhere = {"RELAY_POSTGRES_DSN": "postgresql://127.0.0.1:1/none", "RELAY_RABBITMQ_URL": "amqp://127.0.0.1:1/"}
     result = CliRunner().invoke(cli, [*command, *nothing, "--yes"], env=nowhere)
     assert (result.exit_code, "excludes nothing" in result.output) == (2, True)

@@ -52,3 +52,19 @@ async def test_services_are_ended_with_what_they_run_beside() -> None:
     with pytest.raises(KeyError):
         await session()
     assert ended.is_set()
+
+
+async def test_a_service_that_swallows_its_cancellation_does_not_hold_up_the_end() -> None:
+    """As a client library does that is cancelled while a broker refuses it."""
+    started = asyncio.Event()
+
+    async def service() -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()  # goes on, and waits for something else
+
+    async with asyncio.timeout(10):
+        async with beside({"deaf": service}, settings=SETTINGS, log=structlog.get_logger()):
+            await started.wait()
