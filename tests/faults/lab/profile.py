@@ -1,0 +1,35 @@
+"""How long, how much, and which faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One way to run the laboratory."""
+
+    name: str
+    seconds: float  # of faults; 0: each fault once
+    rate: float  # events a second
+    producers: int
+    gap_s: float  # mean time between the beginnings of two faults
+    at_once: int  # faults at the same time
+    kinds_needed: int  # different kinds of fault that must have bitten
+    quiet_s: float = 10.0  # load without faults, before and after
+    settle_s: float = 90.0  # longest time from the end of the load until everything is applied
+    smoke: bool = False  # only the faults that are marked so
+
+
+PROFILES = {
+    "smoke": Profile(
+        name="smoke", seconds=0, rate=150, producers=4, gap_s=1.5, at_once=2, kinds_needed=12, quiet_s=4, smoke=True
+    ),
+    "standard": Profile(
+        name="standard", seconds=30 * 60, rate=150, producers=6, gap_s=8, at_once=2, kinds_needed=25, quiet_s=20
+    ),
+    "soak": Profile(
+        name="soak", seconds=8 * 3600, rate=100, producers=6, gap_s=15, at_once=2, kinds_needed=25, quiet_s=60
+    ),
+    "custom": Profile(name="custom", seconds=0, rate=150, producers=4, gap_s=1.5, at_once=1, kinds_needed=1, quiet_s=3),
+}

@@ -1,0 +1,53 @@
+"""`python -m tests.faults.lab.worker ARGUMENTS`: relay's own command, and two signals that the laboratory needs.
+
+SIGUSR1: the event loop stands still for as many seconds as the file NAME.stall says. SIGUSR2: the number of tasks goes to
+NAME.tasks. Marks are published more often than by default, so that no run waits a minute for the sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+MARKS_S = (1.0, 5.0)
+"""Between two announcements of what was published lately, and between two sweeps over all."""
+
+
+def _folder() -> Path:
+    return Path(os.environ["LAB_FOLDER"])
+
+
+def _stall(_number: int, _frame: FrameType | None) -> None:
+    """Runs in the main thread, in between two steps of the loop: like a handler that computes."""
+    time.sleep(float((_folder() / f"{os.environ['LAB_NAME']}.stall").read_text()))
+
+
+def _tell_tasks(_number: int, _frame: FrameType | None) -> None:
+    try:
+        tasks = len(asyncio.all_tasks(asyncio.get_running_loop()))
+    except RuntimeError:
+        return  # no loop yet, or no more
+    told = _folder() / f"{os.environ['LAB_NAME']}.tasks"
+    unfinished = told.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(f"{os.getpid()} {tasks}")
+    unfinished.replace(told)
+
+
+def main() -> None:
+    """Signals first: their default action would end the process."""
+    signal.signal(signal.SIGUSR1, _stall)
+    signal.signal(signal.SIGUSR2, _tell_tasks)
+
+    from relay.cli.main import main as relay
+    from relay.outbox.marks import Pace
+
+    Pace.__init__.__defaults__ = (*MARKS_S, 3600.0)  # type: ignore[misc]
+    relay()
+
+
+if __name__ == "__main__":
+    main()
