@@ -26,6 +26,9 @@ _HEADER_ROOM = 131072 - 8 - 8192
 """Largest header frame: frame_max less its envelope and less what a quorum queue adds on redelivery (FASTLANE 1.3).
 Larger properties close the connection, so they are refused before they are sent."""
 
+_HEADER_NAME_BYTES = 128
+"""Longest name of a header in AMQP 0-9-1: pamqp cuts a longer one, with a line in its log."""
+
 _MESSAGE_AT_FAULT = (311, 406, 501)
 """Reply codes with which RabbitMQ closes a channel or connection because of one message, not because of us: content too
 large, precondition failed (larger than max_message_size), frame error."""
@@ -38,10 +41,12 @@ class StockPublisher:
         self, session: Session, channel_closing: asyncio.Future[Any], target: AbstractExchange, confirm_timeout_s: float
     ) -> None:
         self._session = session
-        self._channel_closing = channel_closing
+        # Asked for once: aiormq makes a new future for each look at `closing`, and keeps it until the connection ends.
+        self._watched = (session.closing, channel_closing)
         self._target = target
         self._confirm_timeout_s = confirm_timeout_s
         self._lost: BaseException | None = None
+        self._in_flight: set[str] = set()
 
     @classmethod
     async def open(
@@ -72,13 +77,13 @@ class StockPublisher:
     @property
     def lost(self) -> BaseException | None:
         """Why the session ended, None while it is usable."""
-        if self._lost is None and (self._session.closing.done() or self._channel_closing.done()):
+        if self._lost is None and any(closing.done() for closing in self._watched):
             self._lost = BrokerUnavailable("the connection to RabbitMQ has ended")
         return self._lost
 
     async def wait_lost(self) -> None:
         """See the contract."""
-        await asyncio.wait([self._session.closing, self._channel_closing])
+        await asyncio.wait(self._watched, return_when=asyncio.FIRST_COMPLETED)
 
     @property
     def message_is_suspect(self) -> bool:
@@ -87,13 +92,20 @@ class StockPublisher:
 
     async def publish(self, messages: Sequence[Message]) -> list[Outcome]:
         """See the contract. aiormq attributes a returned message by its id, so the ids in flight must be distinct."""
-        if len({message.message_id for message in messages}) != len(messages):
+        ids = {message.message_id for message in messages}
+        if len(ids) != len(messages):
             raise ValueError("two messages of one batch have the same message_id")
+        if not self._in_flight.isdisjoint(ids):
+            raise ValueError("a message with the same message_id is being published")
         if (lost := self.lost) is not None:
             return [Unknown(str(lost))] * len(messages)
         outcomes: list[Outcome] = []
-        for start in range(0, len(messages), _IN_FLIGHT):
-            outcomes += await self._publish_window(messages[start : start + _IN_FLIGHT])
+        self._in_flight |= ids
+        try:
+            for start in range(0, len(messages), _IN_FLIGHT):
+                outcomes += await self._publish_window(messages[start : start + _IN_FLIGHT])
+        finally:
+            self._in_flight -= ids
         return outcomes
 
     async def messages_in(self, queue: str) -> int | None:
@@ -159,12 +171,10 @@ class StockPublisher:
             return Returned(reply_text(exc))
         except aiormq.exceptions.DeliveryError:
             return Nacked()
-        except (
-            ValueError,
-            TypeError,
-            OverflowError,
-            struct.error,
-        ) as exc:  # pamqp cannot encode it; aiormq 7.2.4 takes its tag back
+        except (ValueError, TypeError, OverflowError, struct.error) as exc:
+            # pamqp cannot encode what `_unsendable` let through. aiormq 7.2.4 takes its tag back; one that does not would
+            # take the answer to each later message for another's (RELIABILITY 3-A), so this channel is not used again.
+            self._end(BrokerUnavailable("a message could not be encoded"))
             return Refused("unencodable", f"{type(exc).__name__}: {exc}"[:300])
         return Confirmed() if isinstance(answer, Basic.Ack) else Unknown(f"unexpected answer {type(answer).__name__}")
 
@@ -202,7 +212,10 @@ def _blames_the_message(exc: BaseException) -> bool:
 
 
 def _unsendable(message: Message) -> Refused | None:
-    """What must be refused before it is sent, because the broker would close the connection over it."""
+    """What must be refused before aiormq sees it: the broker would close the connection over it, or pamqp not encode it.
+
+    Complete, also for what pamqp would quietly change: the name of a header that it cuts, a float that it rounds.
+    """
     if len(message.body) > MAX_BODY_BYTES:
         return Refused("too_large", f"the body is {len(message.body)} bytes, the limit is {MAX_BODY_BYTES}")
     try:
@@ -217,6 +230,21 @@ def _unsendable(message: Message) -> Refused | None:
         return Refused("unencodable", f"the routing key or a property is longer than 255 bytes (routing key: {key})")
     if size > _HEADER_ROOM - 1024:
         return Refused("too_large", f"the headers are about {size} bytes, the limit is {_HEADER_ROOM - 1024}")
+    if message.occurred_at.timestamp() < 0:
+        return Refused("unencodable", "a time before 1970 has no AMQP timestamp")
+    for name, value in message.headers.items():
+        if (detail := _unsendable_header(name, value)) is not None:
+            return Refused("unencodable", detail)
+    return None
+
+
+def _unsendable_header(name: str, value: object) -> str | None:
+    if len(name.encode()) > _HEADER_NAME_BYTES:
+        return f"a header's name is longer than {_HEADER_NAME_BYTES} bytes: {name[:40]!r}"
+    if not isinstance(value, str | int):  # bool is an int
+        return f"the header {name[:40]!r} is a {type(value).__name__}: only texts, whole numbers and booleans keep their value"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return f"the header {name[:40]!r} does not fit into 64 bits"
     return None
 
 

@@ -5,33 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.evidence import Committed, Effect, Leftovers
 from tests.faults.lab.stage import Stage
 from tests.faults.lab.witness import BINDINGS
-from tests.faults.lab.workload import AGGREGATES
+from tests.faults.lab.workload import AGGREGATES, Connection
 
 UNWITNESSED = frozenset(AGGREGATES) - {binding.partition(".")[0] for binding in BINDINGS}
 
-_PARKED = "SELECT count(*) AS n FROM relay.outbox_parked"
+_PARKED = "SELECT count(*) FROM relay.outbox_parked"
 _UNREAD = """
-SELECT count(*) AS n FROM relay.outbox o, relay.outbox_cursor c
+SELECT count(*) FROM relay.outbox o, relay.outbox_cursor c
 WHERE o.shard = c.shard AND NOT relay.outbox_is_read(o.xid, o.id, c.snapshot, c.window_snapshot, c.after_id)
 """
-_HELD = "SELECT count(*) AS n FROM relay.inbox_held"
-_GAPS = "SELECT count(*) AS n FROM relay.inbox_gap"
-_QUARANTINE = "SELECT count(*) AS n FROM relay.inbox_quarantine WHERE (reason = 'conflict') = $1"
+_HELD = "SELECT count(*) FROM relay.inbox_held"
+_GAPS = "SELECT count(*) FROM relay.inbox_gap"
+_QUARANTINE = "SELECT count(*) FROM relay.inbox_quarantine WHERE (reason = 'conflict') = $1"
 
 _COMPLAINT = re.compile(
     r"^Traceback |never retrieved|was never awaited|Task was destroyed|^Fatal Python|Segmentation fault"
 )
 
 
-async def committed(stage: Stage) -> list[Committed]:
+async def committed(producer: Connection) -> list[Committed]:
     """All events, as the producers' own table tells of them."""
-    rows = await stage.producer_sql(
+    rows = await producer.fetch(
         "SELECT token, kind, aggregate, seq, sha, amount, extract(epoch FROM committed_at)::float8 AS at FROM txn_log"
     )
     return [
@@ -47,9 +48,9 @@ async def committed(stage: Stage) -> list[Committed]:
     ]
 
 
-async def applied(stage: Stage) -> list[Effect]:
+async def applied(consumer: Connection) -> list[Effect]:
     """All effects, in the order of their aggregates' positions."""
-    rows = await stage.consumer_sql(
+    rows = await consumer.fetch(
         "SELECT *, extract(epoch FROM applied_at)::float8 AS at FROM effect ORDER BY kind, aggregate, position, id"
     )
     return [
@@ -67,29 +68,21 @@ async def applied(stage: Stage) -> list[Effect]:
     ]
 
 
-async def balances(stage: Stage) -> dict[tuple[str, str], tuple[int, int]]:
+async def balances(consumer: Connection) -> dict[tuple[str, str], tuple[int, int]]:
     """(applied, balance) of every aggregate, as the handler has kept them."""
-    rows = await stage.consumer_sql("SELECT * FROM account")
+    rows = await consumer.fetch("SELECT * FROM account")
     return {(r["kind"], r["aggregate"]): (r["applied"], r["balance"]) for r in rows}
 
 
-async def leftovers(stage: Stage) -> Leftovers:
-    """What is not done."""
-
-    async def producers(statement: str) -> int:
-        return int((await stage.producer_sql(statement))[0]["n"])
-
-    async def consumers(statement: str, *arguments: object) -> int:
-        return int((await stage.consumer_sql(statement, *arguments))[0]["n"])
-
-    queues = await lengths(stage)
+async def leftovers(producer: Connection, consumer: Connection, queues: Mapping[str, int]) -> Leftovers:
+    """What is not done; `queues`: messages in each."""
     return Leftovers(
-        parked=await producers(_PARKED),
-        unread=await producers(_UNREAD),
-        held=await consumers(_HELD),
-        gaps=await consumers(_GAPS),
-        conflicts=await consumers(_QUARANTINE, True),
-        strangers=await consumers(_QUARANTINE, False),
+        parked=await producer.fetchval(_PARKED),
+        unread=await producer.fetchval(_UNREAD),
+        held=await consumer.fetchval(_HELD),
+        gaps=await consumer.fetchval(_GAPS),
+        conflicts=await consumer.fetchval(_QUARANTINE, True),
+        strangers=await consumer.fetchval(_QUARANTINE, False),
         queued=queues.get("effects", 0),
         dead=queues.get("effects.dead", 0),
     )

@@ -20,8 +20,9 @@ CREATE TABLE effect (
 CREATE TABLE account (kind text, aggregate text, applied bigint NOT NULL, balance bigint NOT NULL, PRIMARY KEY (kind, aggregate));
 CREATE TABLE poison (aggregate text PRIMARY KEY);
 CREATE TABLE hang (aggregate text PRIMARY KEY, seconds float8 NOT NULL);
-GRANT SELECT, INSERT, UPDATE ON effect, account, poison, hang TO lab_consumer;
 """
+
+GRANTS = "GRANT SELECT, INSERT, UPDATE ON effect, account, poison, hang TO lab_consumer"
 
 APPLY = """
 WITH moved AS (

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.faults.lab import collect, kinds
 from tests.faults.lab.checker import Verdict, judge
-from tests.faults.lab.evidence import Evidence
+from tests.faults.lab.evidence import Evidence, Leftovers
 from tests.faults.lab.fault import CATALOGUE, Fault
 from tests.faults.lab.history import History
 from tests.faults.lab.nemesis import Nemesis
@@ -99,13 +99,15 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
             tell(f"the load is over: {load.outcomes}")
             settled = await _settled(stage, profile.settle_s)
             await sampler.look(processes=True)
-        left = await collect.leftovers(stage)
+        left = await _leftovers(stage)
         for daemon in stage.daemons:
             with daemon.held():
                 code = await daemon.terminate()
                 stage.history.record("stopped", daemon=daemon.name, code=code)
         await stage.until(lambda: _is_empty(stage), timeout_s=20, every_s=0.3)
-        committed = await collect.committed(stage)
+    async with stage.producer() as producer, stage.consumer() as consumer:
+        committed = await collect.committed(producer)
+        effects, balances = await collect.applied(consumer), await collect.balances(consumer)
     return Evidence(
         seed=options.seed,
         profile=profile.name,
@@ -114,8 +116,8 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
         settled=settled,
         committed=committed,
         undone=frozenset(load.tokens - {c.token for c in committed}),
-        effects=await collect.applied(stage),
-        balances=await collect.balances(stage),
+        effects=effects,
+        balances=balances,
         witnessed=witness.messages,
         unwitnessed_types=collect.UNWITNESSED,
         struck=nemesis.struck,
@@ -133,10 +135,15 @@ async def _settled(stage: Stage, timeout_s: float) -> float | None:
     async def done() -> bool:
         if stage.applied < stage.committed:
             return False
-        left = await collect.leftovers(stage)
+        left = await _leftovers(stage)
         return not any((left.parked, left.held, left.gaps, left.unread, left.queued))
 
     return time.time() if await stage.until(done, timeout_s=timeout_s, every_s=0.5) else None
+
+
+async def _leftovers(stage: Stage) -> Leftovers:
+    async with stage.producer() as producer, stage.consumer() as consumer:
+        return await collect.leftovers(producer, consumer, await collect.lengths(stage))
 
 
 async def _is_empty(stage: Stage) -> bool:

@@ -164,8 +164,8 @@ class Stage:
             try:
                 if await question():
                     return True
-            except NOT_NOW:
-                pass  # noqa: S110 - asked again
+            except NOT_NOW:  # asked again
+                pass
             await asyncio.sleep(every_s)
         return False
 
@@ -225,7 +225,8 @@ async def _connect(
     consumer_pg, consumer_pg_port = await pg(consumers)
 
     def daemon(name: str, user: str, database: str, pg_port: int, amqp_port: int, *arguments: str) -> Daemon:
-        environment = DAEMONS | {
+        environment = {
+            **DAEMONS,
             "RELAY_POSTGRES_DSN": f"postgresql://{user}:{password}@127.0.0.1:{pg_port}/{database}",
             "RELAY_RABBITMQ_URL": f"amqp://{user}:{password}@127.0.0.1:{amqp_port}/%2F",
         }
@@ -263,9 +264,9 @@ async def _connect(
 
 
 async def _make_databases(producers: SandboxPostgres, consumers: SandboxPostgres, password: str) -> None:
-    for server, name, tables, users in (
-        (producers, "shop", workload.TABLES, ("lab_producer", "lab_relay")),
-        (consumers, "effects", effects.TABLES, ("lab_consumer",)),
+    for server, name, tables, grants, users in (
+        (producers, "shop", workload.TABLES, workload.GRANTS, ("lab_producer", "lab_relay")),
+        (consumers, "effects", effects.TABLES, effects.GRANTS, ("lab_consumer",)),
     ):
         dsn = await asyncio.to_thread(server.create_database, name)
         async with _connected(dsn) as connection:
@@ -273,6 +274,7 @@ async def _make_databases(producers: SandboxPostgres, consumers: SandboxPostgres
             for user in users:
                 await connection.execute(f"CREATE ROLE {user} LOGIN PASSWORD '{password}' IN ROLE {ROLES[user]}")
             await connection.execute(tables)
+            await connection.execute(grants)
 
 
 def make_broker_users(broker: SandboxRabbitMQ, password: str) -> None:

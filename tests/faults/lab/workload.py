@@ -21,8 +21,9 @@ CREATE TABLE txn_log (
   token text PRIMARY KEY, kind text NOT NULL, aggregate text NOT NULL, seq bigint NOT NULL, amount bigint NOT NULL, sha text NOT NULL,
   committed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-GRANT INSERT ON txn_log TO lab_producer;
 """
+
+GRANTS = "GRANT INSERT ON txn_log TO lab_producer"
 
 INSERT = """
 INSERT INTO relay.outbox (aggregate_type, aggregate_id, event_type, payload) VALUES ($1, $2, 'Booked', $3) RETURNING seq
