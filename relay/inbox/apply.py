@@ -11,6 +11,7 @@ from dataclasses import replace
 import structlog
 
 from relay.errors import PostgresError, PostgresUnavailable
+from relay.failpoints import Point, reached
 from relay.inbox import store, stored
 from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
@@ -65,6 +66,7 @@ class Applier:
                 await self._attempt(batch, charges, careful=False)
                 break
             except HandlerFailed as exc:
+                reached(Point.SET_APART)
                 self._note(exc, charges)
                 unit = self._rules.unit(exc.arrival)
                 taken, batch = self._split(batch, lambda other, unit=unit: other == unit)  # type: ignore[misc]
@@ -101,6 +103,8 @@ class Applier:
         self.done = Stats()
         with postgres_errors():
             due = await store.due_held(await self._database.connection(), self._rules.consumer, min(rows, _DUE_ROWS))
+        if due:
+            reached(Point.RETRYING_HELD)
         return await self.apply(Batch(due=due))
 
     async def sweep(self) -> int:
@@ -224,6 +228,7 @@ class Applier:
             if work is not None and work.called is not None and connection is not None and connection.is_closed():
                 self._suspects.accuse(work.called.message)
             raise
+        reached(Point.COMMITTED)
         work.committed()
         self.done += stats
         self.left_due |= work.leaves_due

@@ -14,6 +14,7 @@ import structlog
 
 from relay.control import Control, is_control, to_control
 from relay.errors import PostgresError, PostgresUnavailable, RelayError, UnreadableMessage
+from relay.failpoints import Point, reached
 from relay.inbox.apply import Applier
 from relay.inbox.charges import Suspects
 from relay.inbox.database import Database
@@ -232,6 +233,7 @@ class _Loop:
 
     async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
         """Apply, then acknowledge: a crash in between means a redelivery, which the cursors recognise."""
+        reached(Point.RECEIVED)
         started = self._clock()
         try:
             stats = await self._applier.apply(_understood(deliveries))
@@ -241,6 +243,7 @@ class _Loop:
         self._pace.took(len(deliveries), self._clock() - started)
         self._count(stats + Stats(received=len(deliveries), batches=1))
         await self._consumer.acknowledge(deliveries[-1].tag)
+        reached(Point.ACKNOWLEDGED)
         if self._left is not None:
             self._left -= len(deliveries)
         if stats.failed or self._applier.left_due:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from relay.control import Range
+from relay.failpoints import Point, reached
 from relay.inbox import gaps
 from relay.inbox.asking import Asker
 from relay.inbox.database import OPERATE_CHANNEL
@@ -117,7 +118,8 @@ class Healing:
 
     async def _look(self, opened: Connection, asker: Asker) -> bool:
         """One look. True when there will be something to do soon."""
-        noted = await self._early.step(opened)
+        if noted := await self._early.step(opened):
+            reached(Point.GAP_NOTED)
         settled = await self._settle(opened, {*self._outstanding, *await self._walk.step(opened)})
         asked = await self._ask(opened, asker)
         return bool(noted or settled or asked or self._outstanding) or not self._early.is_over
@@ -127,7 +129,9 @@ class Healing:
         known = await self._states(opened, keys)
         closing = [gap for gap in known if gap.need is Need.CLOSE]
         due = [gap for gap in known if gap.need is Need.ASK]
-        self._tell_closed(await gaps.close(opened, self._consumer, closing))
+        if closed := await gaps.close(opened, self._consumer, closing):
+            reached(Point.GAP_CLOSED)
+        self._tell_closed(closed)
         await gaps.make_due(opened, self._consumer, due)
         self._see_what_comes({gap.key: gap for gap in known if gap.need is Need.WAIT and not gap.is_stuck})
         return len(closing) + len(due)
@@ -180,7 +184,9 @@ class Healing:
         numbers += sum(len(r) for gap in wanted for r in ranges[gap.key])
         asked = [self._as_asked(gap, ranges[gap.key], numbers / _SLOWEST, dead) for gap in wanted]
         await self._write(opened, asked)
+        reached(Point.GAP_WRITTEN)
         details = await asker.ask({gap.key: ranges[gap.key] for gap in wanted})
+        reached(Point.GAP_ASKED)
         await self._write(opened, [self._not_asked(a, details[a.gap.key]) for a in asked if a.gap.key in details])
 
     async def _write(self, opened: Connection, written: Sequence[Asked]) -> None:

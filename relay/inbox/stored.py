@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from relay.failpoints import Point, reached
 from relay.inbox import storable
 from relay.inbox.sequencer import Key, key_of
 from relay.inbox.store import LOCK_TIMEOUT_S, PORTION_BYTES
@@ -41,6 +42,7 @@ class Stored:
         await self._insert()
         if self._any:
             await self._connection.execute(query("notify_stored"), self._consumer)
+            reached(Point.STORED)
 
     async def _insert(self) -> None:
         events, self._waiting, self._bytes = self._waiting, [], 0

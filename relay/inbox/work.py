@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from relay.control import Control, Gone, Marks
+from relay.failpoints import Point, reached
 from relay.inbox import gaps
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
@@ -152,6 +153,7 @@ class Work:
         transaction = await self._store.transaction_id()
         self._strangers += batch.strangers
         await self._lock(batch)
+        reached(Point.CURSORS_LOCKED)
         for arrival in await self._store.held(self._given_up):
             if key_of(arrival.event) in self._lines:
                 await self._take(arrival)
@@ -162,6 +164,7 @@ class Work:
         await self._follow()
         await self._write()
         await self._heed(batch.controls)
+        reached(Point.WRITTEN)
         if await self._store.transaction_id() != transaction:
             raise CommitFailed("HandlerError: a handler ended the inbox's transaction")
         return self._tally.stats()
@@ -247,6 +250,7 @@ class Work:
             self._follow_left -= len(found)
             for arrival in found:
                 await self._take(arrival)
+            reached(Point.FOLLOWED)
 
     async def _leave_to_timer(self, following: Mapping[Key, Cursor]) -> None:
         for key in await self._store.make_successors_due(following):
@@ -316,6 +320,7 @@ class Work:
         details = gaps.stuck_details(answers, known)
         self._dropped += await gaps.drop_announced(self._connection, consumer, gaps.beyond(answers, details))
         self._stuck += await gaps.stick(self._connection, consumer, details)
+        reached(Point.CONTROL_HEEDED)
 
     def _known_digests(self, key: Key, line: Line) -> dict[int, bytes]:
         """What has been applied under which number, as far as something else may be held under it."""
@@ -329,6 +334,7 @@ class Work:
         if not holds:
             return
         same, other = await self._store.hold(holds)
+        reached(Point.ROWS_HELD)
         for arrival in other:
             self._conflict(arrival)
         refused = {a.name for a in (*same, *other)}

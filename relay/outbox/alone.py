@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 import structlog
 
 from relay.errors import BrokerError
+from relay.failpoints import Point, reached
 from relay.message import Message, Row
 from relay.outbox.store import Due
 from relay.rabbitmq.contract import Outcome, Publisher, Refused, Unknown
@@ -92,6 +93,7 @@ class Alone:
                 due = await self._row
                 if due is None:
                     return None
+                reached(Point.TRYING_ALONE)
                 (outcome,) = await publisher.publish([self._message(due.row)])
         except BrokerError as exc:
             row = None if self._sent is None else self._sent.row.id

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from relay.errors import ConfigError, PostgresUnavailable
+from relay.failpoints import Point, reached
 from relay.outbox.cursor import Position, Snapshot
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
@@ -81,6 +82,9 @@ async def _take(connection: Connection, shard: int, source: str) -> Ownership:
             position = Position(
                 Snapshot.parse(cursor["snapshot"]), window and Snapshot.parse(window), cursor["after_id"]
             )
+    if restored:
+        reached(Point.REBASED)
+    reached(Point.OWNED)
     log.info("owner", shard=shard, epoch=cursor["epoch"])
     return Ownership(shard, cursor["epoch"], position, cursor["high_id"])
 
@@ -93,6 +97,7 @@ async def _rebase(connection: Connection, shard: int, epoch: int, cluster_id: in
     await connection.execute(query("renumber"), shard, timeout=_REBASE_TIMEOUT_S)
     snapshot = await connection.fetchval(query("rebase_cursor"), shard, epoch, cluster_id)
     await connection.execute(query("advance_ids"))
+    reached(Point.REBASING)
     log.warning(
         "rebased", shard=shard, rows=int(rewritten.split()[-1]), reason="the log was restored into another cluster"
     )

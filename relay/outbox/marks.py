@@ -20,6 +20,7 @@ import structlog
 
 from relay.control import MARKS, MAX_MARKS, Mark, Marks, marks_message
 from relay.errors import BrokerRefused, BrokerUnavailable
+from relay.failpoints import Point, reached
 from relay.message import Aggregate, Message, Row
 from relay.outbox.recent import Newest, Recent
 from relay.outbox.routing import routing_key
@@ -106,6 +107,7 @@ class MarksService:
         if not portion:
             return
         await target.publish(portion)  # what becomes of one mark is not worth asking: there will be another
+        reached(Point.MARKS_PUBLISHED)
         if target.lost is not None:
             raise BrokerUnavailable(f"the session with RabbitMQ ended while publishing marks: {target.lost}")
         self.published += len(portion)

@@ -16,6 +16,7 @@ import structlog
 
 from relay.control import MAX_NUMBERS, MAX_RANGES, Gone, Range, Reason, RepairRequest, gone_message, to_repair_request
 from relay.errors import BrokerRefused, BrokerUnavailable
+from relay.failpoints import Point, reached
 from relay.message import Delivery, Message, NotAnEvent, to_message
 from relay.outbox.resend import Place, Rate, Retained, by_size, portions
 from relay.postgres.connect import connection
@@ -96,7 +97,9 @@ class Repair:
         delivery: Delivery | None = first
         while delivery is not None:
             await consumer.acknowledge(delivery.tag)
+            reached(Point.REPAIR_TAKEN)
             await self._answer(delivery, answerer)
+            reached(Point.REPAIR_ANSWERED)
             self.answered += 1
             delivery = await _next(consumer)
 
@@ -145,6 +148,7 @@ class Repair:
         await answerer.rate.take(len(places))
         rows = await answerer.retained.rows(places)
         await _publish([to_message(row, source=self._source, routing_key=queue) for row in rows], answerer.publisher)
+        reached(Point.REPAIR_SENT)
         self.resent += len(rows)
 
     async def _say_gone(self, gone: Gone, request: RepairRequest, answerer: _Answerer) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import asyncpg
 import structlog
 
+from relay.failpoints import Point, reached
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
@@ -88,6 +89,7 @@ class Retention:
         if reason is not None:
             self._keep(number, reason, attempt)
             return False
+        reached(Point.SLOT_EMPTIED)
         log.info("slot_emptied", slot=number, rows=attempt.rows, bytes=slot["bytes"])
         del self._attempts[number]
         return True
@@ -106,6 +108,7 @@ class Retention:
             self._wait(attempt, min(found["young_for_s"], _PATIENCE_S))
             return "young"
         attempt.seen, attempt.rows = found["seen"], found["rows"]
+        reached(Point.SLOT_SCANNED)
         return None
 
     async def _empty(self, connection: Connection, slot: int, attempt: _Attempt) -> str | None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import structlog
 
+from relay.failpoints import Point, reached
 from relay.message import Aggregate, Message, Row
 from relay.outbox.alone import Alone, Tried
 from relay.outbox.blocked import Blocked
@@ -127,6 +128,7 @@ class Retry:
             return
         tried = self._alone.take()
         if tried is not None:
+            reached(Point.TRIED_ALONE)
             self._acquit(tried)
             await self._settle([tried])
         await self._plan()
@@ -166,7 +168,9 @@ class Retry:
     async def _send(self, due: Sequence[Due]) -> list[Tried]:
         if not due or self._publisher.lost is not None:
             return []
+        reached(Point.RETRYING)
         outcomes = await self._publisher.publish([self._message(d.row) for d in due])
+        reached(Point.RETRIED)
         closed = self._publisher.message_is_suspect
         for d, outcome in zip(due, outcomes, strict=True):
             if isinstance(outcome, Unknown) and (closed or outcome.timed_out):

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 import structlog
 
 from relay.errors import BrokerUnavailable
+from relay.failpoints import Point, reached
 from relay.message import Aggregate, Message, Row
 from relay.outbox.blocked import Blocked
 from relay.outbox.cursor import Page
@@ -122,8 +123,10 @@ class Shard:
                 following = self._read_ahead(page)
                 await self._handle(page, following)
                 self._retry.saw_traffic()  # now, not before: a page can take longer than what counts as a while
+            reached(Point.STOPPING)
             await self._save()
             await self._retry.settle_alone()
+            reached(Point.STOPPED)
         finally:
             await self._retry.close()
             if following is not None:
@@ -154,9 +157,11 @@ class Shard:
         return asyncio.create_task(self._reader.read(self._position.after(page)))
 
     async def _handle(self, page: Page, following: asyncio.Task[Page] | None) -> None:
+        reached(Point.PAGE_READ)
         outcomes = await self._publish(page.rows)
         if following is not None:
             await asyncio.wait([following])  # it uses the connection that the checkpoint needs
+        reached(Point.CONFIRMED)
         final = self._give_up_unconfirmed(page.rows, outcomes)
         settlement = settle(page.rows, final, self._blocked.aggregates, self._blocked.pauses)
         whole = settlement.settled == len(page.rows)
@@ -209,6 +214,7 @@ class Shard:
     async def _send(self, rows: Sequence[Row]) -> list[Outcome]:
         if not rows:
             return []
+        reached(Point.PUBLISHING)
         return await self._publisher.publish([self._message(row) for row in rows])
 
     def _message(self, row: Row) -> Message:
@@ -290,7 +296,9 @@ class Shard:
             await self._save()
             self._progress.sleeps += 1
             self._progress.changed.set()
+            reached(Point.ASLEEP)
             await self._wakeup.wait(self._retry.within(self._settings.poll_interval_s))
+            reached(Point.WOKEN)
             await self._get_up()
         elif now - self._idle_since < _LINGER_S or not await self._wakeup.try_fall_asleep():
             await self._nap(self._nap_s)

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from relay.errors import LeaseLost
+from relay.failpoints import Point, reached
 from relay.message import Aggregate, Row
 from relay.outbox.cursor import Position
 from relay.outbox.parking import Parked, retry_delay_s
@@ -57,8 +58,11 @@ class Store:
             async with self._connection.transaction():
                 # The cursor first: an operator's act locks it before it touches parked rows.
                 await self._move(position, high_id, confirmed, rate)
+                reached(Point.CURSOR_MOVED)
                 if parked:
                     await self._park(parked)
+                    reached(Point.ROWS_PARKED)
+        reached(Point.CHECKPOINTED)
 
     async def pauses(self) -> Pauses:
         """What operators have paused."""
@@ -142,10 +146,12 @@ class Store:
                     await self._connection.fetchval(query("fence"), self._shard, self._epoch, high_id, len(published))
                 )
                 gone = await self._connection.fetch(query("unpark"), [row.id for row in published], tombstones)
+                reached(Point.ROWS_UNPARKED)
                 await self._delay(refused)
                 still = await self._connection.fetch(
                     query("promote_parked"), self._shard, [a[0] for a in aggregates], [a[1] for a in aggregates]
                 )
+        reached(Point.UNPARKED)
         return (
             {r["id"]: r["refused"] for r in gone},
             {(r["aggregate_type"], r["aggregate_id"]): r["refused"] for r in still},

@@ -11,6 +11,7 @@ import asyncio
 from typing import Any
 
 from relay.errors import PostgresUnavailable
+from relay.failpoints import Point, reached
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
@@ -60,6 +61,8 @@ class Wakeup:
         self.event.clear()
         with postgres_errors():
             self._asleep = bool(await self._connection.fetchval(query("try_wake_lock"), WAKE_LOCK, self._shard))
+        if self._asleep:
+            reached(Point.FALLING_ASLEEP)
         return self._asleep
 
     async def wait(self, timeout_s: float) -> None:
