@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from relay.postgres.connect import Connection
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.evidence import Committed, Effect, Leftovers
 from tests.faults.lab.stage import Stage
 from tests.faults.lab.witness import BINDINGS
-from tests.faults.lab.workload import AGGREGATES, Connection
+from tests.faults.lab.workload import AGGREGATES
 
 UNWITNESSED = frozenset(AGGREGATES) - {binding.partition(".")[0] for binding in BINDINGS}
 

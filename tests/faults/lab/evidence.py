@@ -119,6 +119,8 @@ class Evidence:
     leftovers: Leftovers = field(default_factory=Leftovers)
     expected_conflicts: int = 0  # forged messages with other content that a fault sent
     expected_strangers: int = 0
+    strict: bool = False  # relays with order = "strict": first publications are in order, whatever the broker refuses
+    transactions: Mapping[str, int] = field(default_factory=dict)  # of the producers: ok, undone, unknown, failed
     complaints: Sequence[
         str
     ] = ()  # lines of the daemons' logs that no daemon should write: tracebacks, unretrieved exceptions

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.lab import collect, kinds
+from tests.faults.lab import collect, cursor_log, kinds
 from tests.faults.lab.checker import Verdict, judge
 from tests.faults.lab.evidence import Evidence, Leftovers
 from tests.faults.lab.fault import CATALOGUE, Fault
@@ -108,6 +108,7 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
     async with stage.producer() as producer, stage.consumer() as consumer:
         committed = await collect.committed(producer)
         effects, balances = await collect.applied(consumer), await collect.balances(consumer)
+        stale = await cursor_log.stale(producer)
     return Evidence(
         seed=options.seed,
         profile=profile.name,
@@ -125,6 +126,7 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
         leftovers=left,
         expected_conflicts=stage.expected_conflicts,
         expected_strangers=stage.expected_strangers,
+        stale_checkpoints=stale,
         complaints=collect.complaints(stage.daemons),
     )
 

@@ -18,7 +18,7 @@ import asyncpg
 from relay.errors import SandboxError
 from relay.postgres.migrate import migrate
 from relay.sandbox import SandboxPostgres, SandboxRabbitMQ
-from tests.faults.lab import effects, workload
+from tests.faults.lab import cursor_log, effects, workload
 from tests.faults.lab.amqp_proxy import AmqpProxy
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.history import History
@@ -265,7 +265,7 @@ async def _connect(
 
 async def _make_databases(producers: SandboxPostgres, consumers: SandboxPostgres, password: str) -> None:
     for server, name, tables, grants, users in (
-        (producers, "shop", workload.TABLES, workload.GRANTS, ("lab_producer", "lab_relay")),
+        (producers, "shop", workload.TABLES + cursor_log.TABLES, workload.GRANTS, ("lab_producer", "lab_relay")),
         (consumers, "effects", effects.TABLES, effects.GRANTS, ("lab_consumer",)),
     ):
         dsn = await asyncio.to_thread(server.create_database, name)
