@@ -14,10 +14,10 @@ from typing import Any
 
 import asyncpg
 
+from relay.postgres.connect import Connection
 from tests.faults.lab.fault import fault
 from tests.faults.lab.stage import Stage
 
-Connection = asyncpg.Connection[asyncpg.Record]
 Open = Callable[[], AbstractAsyncContextManager[Connection]]
 """stage.producer or stage.consumer."""
 

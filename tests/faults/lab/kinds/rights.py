@@ -42,25 +42,25 @@ Ask = Callable[..., Awaitable[Sequence[Any]]]
 """stage.producer_sql or stage.consumer_sql."""
 
 
-@fault("relay's privileges revoked", rows=(35,), touches=("relay", "producer-db", "relay-pg"))
+@fault("relay's privileges in PostgreSQL revoked", rows=(35,), touches=("relay", "producer-db", "relay-pg"))
 async def relays_rights(stage: Stage, dice: random.Random) -> int:
     """All of them, or the one to move the cursor, or the one to read the log."""
     return await _without(stage, stage.producer_sql, *dice.choice(RELAYS), stage.relays, "permission denied")
 
 
-@fault("consumers' privileges revoked", rows=(35,), touches=("consumer", "consumer-db", "consumer-pg"))
+@fault("consumers' privileges in PostgreSQL revoked", rows=(35,), touches=("consumer", "consumer-db", "consumer-pg"))
 async def consumers_rights(stage: Stage, dice: random.Random) -> int:
     """All of them, or the one to move cursors, or the one to read them."""
     return await _without(stage, stage.consumer_sql, *dice.choice(CONSUMERS), stage.consumers, "permission denied")
 
 
-@fault("relay's password changed", rows=(40,), touches=("relay", "producer-db", "relay-pg"))
+@fault("relay's password in PostgreSQL changed", rows=(40,), touches=("relay", "producer-db", "relay-pg"))
 async def relays_password(stage: Stage, dice: random.Random) -> int:
     """Somebody rotated it and forgot the relay, whose sessions then end. In the end it is what it was."""
     return await _without_password(stage, stage.producer_sql, "lab_relay", stage.relays)
 
 
-@fault("consumers' password changed", rows=(40,), touches=("consumer", "consumer-db", "consumer-pg"))
+@fault("consumers' password in PostgreSQL changed", rows=(40,), touches=("consumer", "consumer-db", "consumer-pg"))
 async def consumers_password(stage: Stage, dice: random.Random) -> int:
     """The same on the other side."""
     return await _without_password(stage, stage.consumer_sql, "lab_consumer", stage.consumers)
