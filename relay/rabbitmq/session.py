@@ -25,6 +25,9 @@ from relay.settings import RabbitmqSettings
 CLOSE_TIMEOUT_S = 3.0
 """Longest goodbye: aiormq drains its write buffer on close, which a blocked or half-open broker never takes."""
 
+_CUT_S = 1.0
+"""Longest wait for aiormq to notice that its socket was cut: a few turns of the loop, or something is wrong with it."""
+
 _USER_TIMEOUT_MS = 15_000
 _NO_VHOST = (
     "the virtual host does not exist, the user may not use it, or its limit of connections is reached "
@@ -81,15 +84,19 @@ async def connect(settings: RabbitmqSettings, *, name: str) -> Session:
 
 
 async def close(connection: Session) -> None:
-    """Close within CLOSE_TIMEOUT_S; what remains is cut by dropping the socket. Never raises for the broker's sake."""
+    """Close within CLOSE_TIMEOUT_S; what remains is cut by dropping the socket. Never raises for the broker's sake.
+
+    Cancelling aiormq's close does not end it: it waits for its writer, which waits for the socket to take what it holds, and
+    a broker with an alarm takes nothing. Only cutting the socket does.
+    """
+    goodbye = asyncio.create_task(connection.close())
+    goodbye.add_done_callback(_forget)
     try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await connection.close()
-    except (Exception, asyncio.CancelledError) as exc:
-        if isinstance(exc, asyncio.CancelledError) and _being_cancelled():
-            connection.abort()
-            raise
+        await asyncio.wait([goodbye], timeout=CLOSE_TIMEOUT_S)
+    finally:
         connection.abort()
+        goodbye.cancel()
+        await asyncio.wait([goodbye], timeout=_CUT_S)
 
 
 @contextmanager
@@ -161,6 +168,12 @@ def reply_text(exc: BaseException) -> str:
     """What the broker said, on one line."""
     text = " ".join(str(part) for part in (exc.args or (type(exc).__name__,)))
     return " ".join(text.split())[:300]
+
+
+def _forget(goodbye: asyncio.Task[None]) -> None:
+    """What a goodbye failed with is nobody's concern."""
+    if not goodbye.cancelled():
+        goodbye.exception()
 
 
 def _being_cancelled() -> bool:

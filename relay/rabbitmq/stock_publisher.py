@@ -230,7 +230,7 @@ def _unsendable(message: Message) -> Refused | None:
         return Refused("unencodable", f"the routing key or a property is longer than 255 bytes (routing key: {key})")
     if size > _HEADER_ROOM - 1024:
         return Refused("too_large", f"the headers are about {size} bytes, the limit is {_HEADER_ROOM - 1024}")
-    if message.occurred_at.timestamp() < 0:
+    if message.occurred_at.year < 1970:
         return Refused("unencodable", "a time before 1970 has no AMQP timestamp")
     for name, value in message.headers.items():
         if (detail := _unsendable_header(name, value)) is not None:
