@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import asyncpg
 
 from relay.inbox import Event, Inbox
+from relay.rabbitmq.queues import InboxQueue, ensure_queue
+from relay.rabbitmq.session import close, connect
+from relay.settings import Settings
 from tests.harness.outbox import connected
 
 PRODUCER_TABLES = "CREATE TABLE txn_log (token text PRIMARY KEY, aggregate text NOT NULL, amount bigint NOT NULL)"
@@ -43,6 +46,16 @@ def effects_inbox(name: str = "effects", *, poison: str | None = None) -> Inbox:
         await tx.execute(APPLY, event.aggregate_id, event.seq, content["token"], content["amount"])
 
     return inbox
+
+
+async def declare_queue(settings: Settings, name: str = "effects") -> None:
+    """The consumer's queue as the inbox would declare it, which nobody reads yet."""
+    session = await connect(settings.rabbitmq, name="test")
+    try:
+        queue = InboxQueue(name=name, bindings=settings.inbox.bindings, delivery_limit=settings.inbox.delivery_limit)
+        await ensure_queue(session, settings.rabbitmq, queue)
+    finally:
+        await close(session)
 
 
 async def book(connection: asyncpg.Connection[asyncpg.Record], aggregate: str, token: str, amount: int) -> None:

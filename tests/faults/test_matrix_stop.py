@@ -16,11 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from relay.rabbitmq.queues import InboxQueue, ensure_queue
-from relay.rabbitmq.session import close, connect
 from relay.sandbox import RabbitMQ, SandboxRabbitMQ
 from relay.settings import Settings
-from tests.faults.shop import CONSUMER_TABLES, PRODUCER_TABLES, applied_count, effects_inbox, judge
+from tests.faults.shop import CONSUMER_TABLES, PRODUCER_TABLES, applied_count, declare_queue, effects_inbox, judge
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, settings_for, until
 from tests.harness.pair import consumer_database
@@ -82,7 +80,7 @@ async def test_an_alarm_costs_neither_memory_nor_time_nor_the_ownership_and_cons
     async with connected(database) as db, connected(consumer_database) as consumer:
         await db.execute(PRODUCER_TABLES)
         await consumer.execute(CONSUMER_TABLES)
-        await declare(settings)
+        await declare_queue(settings)
         async with relay(tmp_path, environment(database, broker), "run") as program:
             await db.execute(BOOK, "before", 500)
             await until(lambda: db.fetchval("SELECT published = 500 FROM relay.outbox_cursor"))
@@ -112,16 +110,6 @@ async def test_an_alarm_costs_neither_memory_nor_time_nor_the_ownership_and_cons
     assert verdict.holds, verdict
     assert grown < 30 * MEGABYTE
     assert busy < 0.5
-
-
-async def declare(settings: Settings) -> None:
-    """The consumer's queue, which nobody reads yet."""
-    session = await connect(settings.rabbitmq, name="test")
-    try:
-        queue = InboxQueue(name="effects", bindings=settings.inbox.bindings, delivery_limit=100)
-        await ensure_queue(session, settings.rabbitmq, queue)
-    finally:
-        await close(session)
 
 
 @asynccontextmanager
