@@ -1,0 +1,389 @@
+"""Evidence -> Verdict. What was committed, what the broker accepted and what was applied must be the same, in the same order.
+
+Pure, one pass over each list: half a million events take seconds. Every way of being wrong belongs to one check, so that a
+finding names its cause: a doubled effect is not also one out of order, nor a lost one. Two causes are two findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from types import MappingProxyType
+
+from tests.faults.lab.course import Course, percentile
+from tests.faults.lab.evidence import Committed, Effect, Evidence, Key, Witnessed
+from tests.faults.lab.pace import recovered, unfair, waited
+from tests.faults.lab.usage import grown, judged_lives
+from tests.faults.lab.verdict import Check, Figures, Limits, Outcome, Verdict
+
+__all__ = ["Verdict", "judge"]
+
+EXAMPLES = 5
+EXAMPLE_LENGTH = 400
+"""Characters: a traceback in a log line is not the report's whole page."""
+
+Wrong = tuple[str, float | None]
+"""What is wrong, in words, and the moment that it was wrong at; None: at no moment that a fault could be named for."""
+
+
+def judge(
+    evidence: Evidence,
+    *,
+    kinds_needed: int = 0,
+    bounds: Mapping[str, float] = MappingProxyType({}),
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Verdict:
+    """Compare everything. `bounds`: the longest recovery of each kind of fault, in seconds."""
+    books = Books.of(evidence)
+    course = Course(evidence.struck, _waits(books), evidence.began, bounds, limits)
+    checks = tuple(_checks(evidence, books, course, limits))
+    doubts = tuple(_doubts(evidence, books, course, kinds_needed))
+    return Verdict(
+        outcome=_outcome(checks, doubts),
+        checks=checks,
+        doubts=doubts,
+        recoveries=course.recoveries(),
+        figures=_figures(evidence, books, course),
+    )
+
+
+@dataclass(slots=True)
+class Books:
+    """The evidence by token and by aggregate."""
+
+    committed: dict[str, Committed]
+    numbers: dict[Key, list[int]]  # that were committed
+    applied: dict[str, Effect] = field(default_factory=dict)  # token -> its first effect
+    again: list[Effect] = field(default_factory=list)  # effects of a token beyond its first
+    effects: dict[Key, list[Effect]] = field(default_factory=dict)  # in the order of their positions
+    published: dict[str, Witnessed] = field(default_factory=dict)  # token -> the first message of it
+    out_of_turn: list[tuple[Witnessed, int]] = field(default_factory=list)  # first published after that number
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> Books:
+        books = cls(committed={c.token: c for c in evidence.committed}, numbers={})
+        for event in evidence.committed:
+            books.numbers.setdefault(event.key, []).append(event.seq)
+        for effect in sorted(evidence.effects, key=lambda effect: effect.position):
+            books.effects.setdefault(effect.key, []).append(effect)
+            if effect.token in books.applied:
+                books.again.append(effect)
+            else:
+                books.applied[effect.token] = effect
+        highest: dict[Key, int] = {}
+        for message in evidence.witnessed:
+            if message.token not in books.published:
+                books.published[message.token] = message
+                before = highest.get(message.key, 0)
+                if message.seq < before:
+                    books.out_of_turn.append((message, before))
+                else:
+                    highest[message.key] = message.seq
+        return books
+
+
+def _waits(books: Books) -> Iterator[tuple[float, float]]:
+    for token, event in books.committed.items():
+        if (effect := books.applied.get(token)) is not None:
+            yield event.at, effect.at
+
+
+def _checks(evidence: Evidence, books: Books, course: Course, limits: Limits) -> Iterator[Check]:
+    def check(name: str, claim: str, examined: int, wrongs: Iterable[Wrong]) -> Check:
+        return _check(name, claim, examined, wrongs, course.situation)
+
+    events, effects, messages = len(evidence.committed), len(evidence.effects), len(evidence.witnessed)
+    yield check("no loss", "every committed event has an effect", events, _lost(books))
+    yield check(
+        "no phantom",
+        "whatever was published or applied had been committed",
+        effects + messages,
+        _phantoms(evidence, books),
+    )
+    yield check(
+        "exactly one effect",
+        "no event is applied twice, no number is used by two events, and every balance is the sum of its effects",
+        effects + len(evidence.balances),
+        _repeated(evidence, books),
+    )
+    yield check("order", "effects of an aggregate happen in the order of its numbers", effects, _disordered(books))
+    yield check("numbers", "committed events of an aggregate are numbered 1, 2, 3 ...", events, _misnumbered(books))
+    yield check(
+        "content",
+        "what is published and applied is what was committed",
+        effects + messages,
+        _altered(evidence, books),
+    )
+    yield check(
+        "message id",
+        "an event has one message id, at the broker and at its effect, and no other event has it",
+        effects + messages,
+        _misnamed(evidence, books),
+    )
+    yield check(
+        "cursor",
+        "the broker has every event that the relay's cursor has passed",
+        sum(event.key[0] not in evidence.unwitnessed_types for event in evidence.committed),
+        _never_published(evidence, books),
+    )
+    if evidence.strict:
+        yield check("first publication", "events are first published in order", messages, _out_of_turn(books))
+    yield check("leftovers", "nothing is left over", len(_expected_leftovers(evidence)), _left(evidence))
+    yield check("settled", "everything is applied in the time that recovery may take", 1, _unsettled(evidence))
+    yield check(
+        "recovery",
+        "after a fault everything is applied within its bound",
+        len(course.disturbances),
+        recovered(course),
+    )
+    yield check(
+        "waiting",
+        f"no event waits longer than {limits.quiet_wait_s:g} s while no fault is on or being recovered from",
+        len(course.committed),
+        waited(course, books.committed.values(), books.applied),
+    )
+    fair = list(unfair(evidence, course, books.committed.values(), books.applied))
+    yield check(
+        "fairness",
+        "a fault of one aggregate type does not slow down the others",
+        len(fair),
+        [(words, moment) for words, moment in fair if words],
+    )
+    yield check(
+        "growth",
+        "processes do not use more and more memory, descriptors, connections or tasks",
+        judged_lives(evidence.samples, limits),
+        grown(evidence.samples, limits),
+    )
+    yield check(
+        "complaints",
+        "no daemon writes a traceback or a warning of asyncio's",
+        1,
+        ((line, None) for line in evidence.complaints),
+    )
+
+
+def _doubts(evidence: Evidence, books: Books, course: Course, kinds_needed: int) -> Iterator[Check]:
+    def doubt(name: str, claim: str, examined: int, wrongs: Iterable[Wrong]) -> Check:
+        return _check(name, claim, examined, wrongs, course.situation)
+
+    struck = evidence.struck
+    kinds = sorted({fault.kind for fault in struck if fault.bites})
+    yield doubt("load", "something was committed", 1, () if evidence.committed else [("no event was committed", None)])
+    yield doubt(
+        "injected",
+        "every fault could be injected",
+        len(struck),
+        ((f"{f.kind!r} could not be injected: {f.failure}", f.begun) for f in struck if f.failure is not None),
+    )
+    yield doubt(
+        "bitten",
+        "every fault was seen to bite",
+        len(struck),
+        ((f"nothing shows that {f.kind!r} did anything", f.begun) for f in struck if not f.bites and f.failure is None),
+    )
+    few = f"{len(kinds)} kinds of fault have bitten, {kinds_needed} were asked for: {', '.join(kinds) or 'none'}"
+    yield doubt("kinds", "enough kinds of fault have bitten", 1, [(few, None)] if len(kinds) < kinds_needed else ())
+    yield doubt(
+        "evidence",
+        "the evidence does not contradict itself",
+        len(evidence.undone),
+        (
+            (f"{_name(event)} is said to be rolled back, and committed", event.at)
+            for token in evidence.undone
+            if (event := books.committed.get(token)) is not None
+        ),
+    )
+
+
+def _outcome(checks: Iterable[Check], doubts: Iterable[Check]) -> Outcome:
+    if any(check.count for check in checks):
+        return "failed"
+    return "inconclusive" if any(doubt.count for doubt in doubts) else "passed"
+
+
+def _check(name: str, claim: str, examined: int, wrongs: Iterable[Wrong], situation: Callable[[float], str]) -> Check:
+    rest = iter(wrongs)
+    first = list(islice(rest, EXAMPLES))
+    return Check(
+        name=name,
+        claim=claim,
+        examined=examined,
+        count=len(first) + sum(1 for _ in rest),
+        examples=tuple(
+            words[:EXAMPLE_LENGTH] + (f" [{situation(moment)}]" if moment is not None else "")
+            for words, moment in first
+        ),
+    )
+
+
+def _name(it: Committed | Effect | Witnessed) -> str:
+    """An event, for a reader who wants to find it in the tables."""
+    message = "" if isinstance(it, Committed) else f", message {it.message_id}"
+    return f"{it.key[0]}/{it.key[1]} number {it.seq} (token {it.token}{message})"
+
+
+def _lost(books: Books) -> Iterator[Wrong]:
+    highest = {key: max(effect.seq for effect in effects) for key, effects in books.effects.items()}
+    for token, event in books.committed.items():
+        if token not in books.applied:
+            message = books.published.get(token)
+            seen = (
+                f"the broker had it as message {message.message_id}"
+                if message
+                else "the broker was not seen to have it"
+            )
+            later = highest.get(event.key, 0)
+            over = f", and number {later} was applied without it" if later > event.seq else ""
+            yield f"{_name(event)} was never applied; {seen}{over}", event.at
+
+
+def _phantoms(evidence: Evidence, books: Books) -> Iterator[Wrong]:
+    for what, found in (("applied", evidence.effects), ("published", evidence.witnessed)):
+        for it in found:
+            if it.token not in books.committed:
+                why = "its transaction was rolled back" if it.token in evidence.undone else "nobody committed it"
+                yield f"{_name(it)} was {what}, but {why}", it.at
+
+
+def _repeated(evidence: Evidence, books: Books) -> Iterator[Wrong]:
+    for effect in books.again:
+        first = books.applied[effect.token].position
+        yield f"{_name(effect)} was applied again, at position {effect.position} after {first}", effect.at
+    holders: dict[tuple[Key, int], Effect] = {}
+    for effect in books.applied.values():
+        holder = holders.setdefault((effect.key, effect.seq), effect)
+        if holder is not effect:
+            yield f"{_name(effect)} was applied, and so was token {holder.token} under that number", effect.at
+    for key in sorted(evidence.balances.keys() | books.effects.keys()):
+        effects = books.effects.get(key, ())
+        applied, balance = evidence.balances.get(key, (0, 0))
+        total = sum(effect.amount for effect in effects)
+        if (applied, balance) != (len(effects), total):
+            kept = f"{applied} events and a balance of {balance}"
+            yield f"{key[0]}/{key[1]} has {kept}, its {len(effects)} effects add up to {total}", None
+
+
+def _disordered(books: Books) -> Iterator[Wrong]:
+    for key, effects in books.effects.items():
+        highest = 0
+        for place, effect in enumerate(effects, start=1):
+            if effect.position != place:
+                yield (
+                    f"{_name(effect)} has position {effect.position}, but is effect {place} of its aggregate",
+                    effect.at,
+                )
+                break  # all after it are shifted
+            event = books.committed.get(effect.token)
+            if event is None or event.key != key or books.applied[effect.token] is not effect:
+                continue  # a phantom, altered, or a repetition
+            if event.seq < highest:
+                yield f"{_name(effect)} was applied after number {highest}", effect.at
+            else:
+                highest = event.seq
+
+
+def _misnumbered(books: Books) -> Iterator[Wrong]:
+    for key, numbers in books.numbers.items():
+        if len(numbers) != max(numbers) or len(set(numbers)) != len(numbers):
+            for place, number in enumerate(sorted(numbers), start=1):
+                if number != place:
+                    yield f"{key[0]}/{key[1]}: where number {place} should be, {number} was committed", None
+                    break  # all after it are shifted
+
+
+def _altered(evidence: Evidence, books: Books) -> Iterator[Wrong]:
+    for effect in evidence.effects:
+        event = books.committed.get(effect.token)
+        if event is None:
+            continue
+        if effect.sha != event.sha or effect.amount != event.amount:
+            yield (
+                f"{_name(effect)} was applied with another content (amount {effect.amount}, was {event.amount})",
+                effect.at,
+            )
+        elif effect.key != event.key or effect.seq != event.seq:
+            yield f"{_name(effect)} was applied, but it was committed as {_name(event)}", effect.at
+    for message in evidence.witnessed:
+        event = books.committed.get(message.token)
+        if event is not None and (message.key != event.key or message.seq != event.seq):
+            yield f"{_name(message)} was published, but it was committed as {_name(event)}", message.at
+
+
+def _misnamed(evidence: Evidence, books: Books) -> Iterator[Wrong]:
+    ids: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for where, found in (("published", evidence.witnessed), ("applied", evidence.effects)):
+        for it in found:
+            if it.token in books.committed:
+                known = ids.setdefault(it.token, it.message_id)
+                owner = owners.setdefault(it.message_id, it.token)
+                if known != it.message_id:
+                    yield f"{_name(it)} was {where}, but it is message {known} too", it.at
+                elif owner != it.token:
+                    yield f"{_name(it)} was {where}, but token {owner} has that message id too", it.at
+
+
+def _never_published(evidence: Evidence, books: Books) -> Iterator[Wrong]:
+    """Rows that the cursor has not passed, and those that are parked, are honest: as many are let off."""
+    missing = [
+        event
+        for token, event in books.committed.items()
+        if token not in books.published and event.key[0] not in evidence.unwitnessed_types
+    ]
+    for event in missing[evidence.leftovers.unread + evidence.leftovers.parked :]:
+        yield f"{_name(event)} was passed by the cursor, but the broker never had it", event.at
+
+
+def _out_of_turn(books: Books) -> Iterator[Wrong]:
+    for message, before in books.out_of_turn:
+        yield f"{_name(message)} was first published after number {before}", message.at
+
+
+def _expected_leftovers(evidence: Evidence) -> dict[str, tuple[int, int]]:
+    """What it is -> (how many there are, how many are expected)."""
+    left = evidence.leftovers
+    return {
+        "rows parked": (left.parked, 0),
+        "messages held in the inbox": (left.held, 0),
+        "gaps": (left.gaps, 0),
+        "rows that the cursor has not passed": (left.unread, 0),
+        "messages in the consumer's queue": (left.queued, 0),
+        "dead letters": (left.dead, 0),
+        "conflicts in quarantine": (left.conflicts, evidence.expected_conflicts),
+        "strangers in quarantine": (left.strangers, evidence.expected_strangers),
+    }
+
+
+def _left(evidence: Evidence) -> Iterator[Wrong]:
+    for what, (found, expected) in _expected_leftovers(evidence).items():
+        if found != expected:
+            yield f"{what}: {found}, expected {expected}", None
+
+
+def _unsettled(evidence: Evidence) -> Iterator[Wrong]:
+    if evidence.settled is None:
+        yield "something was not applied when the time for it was over", None
+
+
+def _figures(evidence: Evidence, books: Books, course: Course) -> Figures:
+    load_s = max(evidence.ended - evidence.began, 0.0)
+    quiet = course.latencies_in(course.surely_quiet())
+    return Figures(
+        events=len(evidence.committed),
+        undone=len(evidence.undone),
+        transactions=evidence.transactions.get("ok", 0),
+        effects=len(evidence.effects),
+        copies=len(evidence.witnessed) - len(books.published),
+        out_of_turn=len(books.out_of_turn),
+        load_s=load_s,
+        settle_s=None if evidence.settled is None else max(evidence.settled - evidence.ended, 0.0),
+        events_per_s=len(evidence.committed) / load_s if load_s else 0.0,
+        quiet_p50_s=percentile(quiet, 0.50),
+        quiet_p99_s=percentile(quiet, 0.99),
+        longest_s=max(course.latencies, default=None),
+        struck=len(evidence.struck),
+        kinds=len({fault.kind for fault in evidence.struck if fault.bites}),
+        worst_recovery_s=max((each.recovery_s for each in course.disturbances), default=None),
+    )
