@@ -121,6 +121,5 @@ class Evidence:
     expected_strangers: int = 0
     strict: bool = False  # relays with order = "strict": first publications are in order, whatever the broker refuses
     transactions: Mapping[str, int] = field(default_factory=dict)  # of the producers: ok, undone, unknown, failed
-    complaints: Sequence[
-        str
-    ] = ()  # lines of the daemons' logs that no daemon should write: tracebacks, unretrieved exceptions
+    stale_checkpoints: int = 0  # writes of the cursor by a session that had lost the log to another owner
+    complaints: Sequence[str] = ()  # lines of the daemons' logs that no daemon should write, such as tracebacks

@@ -126,6 +126,7 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
         leftovers=left,
         expected_conflicts=stage.expected_conflicts,
         expected_strangers=stage.expected_strangers,
+        transactions=dict(load.outcomes),
         stale_checkpoints=stale,
         complaints=collect.complaints(stage.daemons),
     )

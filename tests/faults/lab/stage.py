@@ -149,7 +149,7 @@ class Stage:
         """Who holds the lock: the row alone may name one that is dead."""
         try:
             found = await self.producer_sql(
-                "SELECT c.owner FROM relay.outbox_cursor c WHERE c.shard = 0 AND EXISTS "
+                "SELECT c.owner FROM relay.outbox_cursor c WHERE c.shard = 0 AND c.owner IS NOT NULL AND EXISTS "
                 "(SELECT FROM pg_locks l WHERE l.locktype = 'advisory' AND l.classid = 727003 AND l.objid = 0 AND l.granted)"
             )
         except NOT_NOW:
