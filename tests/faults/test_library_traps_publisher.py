@@ -15,7 +15,6 @@ from typing import Any
 
 import aiormq
 import aiormq.exceptions
-import psutil
 import pytest
 import structlog
 from aiormq import spec
@@ -478,7 +477,7 @@ class TestF:
                 )
                 await clock.forward(600, step_s=2)
                 assert 2 <= len(broker.lines) <= 600 / 20
-                assert sockets_to(broker) <= 1, "sockets are left behind"
+                assert broker.client_sockets() <= 1, "sockets are left behind"
                 running.cancel()
                 await settle(running)
 
@@ -490,12 +489,6 @@ def would_wait(call: Coroutine[Any, Any, None]) -> bool:
         return False
     call.close()
     return True
-
-
-def sockets_to(broker: StubBroker) -> int:
-    """The clients' ends: the broker's own end does not notice anything while it does not read."""
-    ends = psutil.Process().net_connections("tcp4")
-    return sum(bool(end.raddr) and end.raddr.port == broker.port for end in ends)
 
 
 def _quiet() -> Any:

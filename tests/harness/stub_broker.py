@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import psutil
 from pamqp import body, commands, constants, frame, heartbeat
 from pamqp.base import Frame
 from pamqp.common import FieldTable
@@ -84,6 +85,7 @@ class Line:
         self.consumer_tag: str | None = None
         self.consumer_channel = 0
         self.ended = False  # the client is gone, or was cut
+        self.ignores: frozenset[str] = frozenset()  # names of methods that get no answer
 
     # --- what the broker says
 
@@ -195,6 +197,8 @@ class Line:
 
     async def _answer(self, channel: int, asked: Any) -> None:
         self.seen.append(asked.name)
+        if asked.name in self.ignores:
+            return
         match asked:
             case commands.Connection.StartOk():
                 self._send(commands.Connection.Tune(2047, FRAME_MAX, 60), 0)
@@ -287,6 +291,14 @@ class StubBroker:
     def settings(self, **changes: Any) -> RabbitmqSettings:
         """Settings that lead here."""
         return RabbitmqSettings(url=self.url, **changes)
+
+    def client_sockets(self) -> int:
+        """The clients' open ends, in this process: what a client forgot to close stays among them.
+
+        The broker's own ends do not tell: one that does not read does not notice that its client is gone.
+        """
+        ends = psutil.Process().net_connections("tcp4")
+        return sum(bool(end.raddr) and end.raddr.port == self.port for end in ends)
 
     async def start(self) -> None:
         """Listen. A small receive buffer, so that a client notices soon that nothing is read."""
