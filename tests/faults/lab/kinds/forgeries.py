@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,8 +51,8 @@ async def contradictions(stage: Stage, dice: random.Random) -> int:
     try:
         known = await _applied_last(stage)
         forged = [_forged(row, dice) for row in dice.sample(known, min(len(known), dice.randint(3, 10)))]
-        await _send(stage, forged)
-        stage.expected_conflicts += len(forged)
+        async for _ in _sent(stage, forged):
+            stage.expected_conflicts += 1
         return await _quarantined(stage, ["conflict"], forged)
     finally:
         stage.workload.release()
@@ -62,8 +62,8 @@ async def contradictions(stage: Stage, dice: random.Random) -> int:
 async def strangers(stage: Stage, dice: random.Random) -> int:
     """Messages of somebody who knows nothing of relay: text, JSON, bytes, with and without properties."""
     sent = [_stranger(dice, n) for n in range(dice.randint(5, 20))]
-    await _send(stage, sent)
-    stage.expected_strangers += len(sent)
+    async for _ in _sent(stage, sent):
+        stage.expected_strangers += 1
     return await _quarantined(stage, ["foreign"], sent)
 
 
@@ -71,8 +71,8 @@ async def strangers(stage: Stage, dice: random.Random) -> int:
 async def malformed(stage: Stage, dice: random.Random) -> int:
     """Headers that look like relay's and cannot be: every one of them would be applied if it were believed."""
     sent = list(_malformed(dice))
-    await _send(stage, sent)
-    stage.expected_strangers += len(sent)
+    async for _ in _sent(stage, sent):
+        stage.expected_strangers += 1
     return await _quarantined(stage, ["foreign", "malformed"], sent)
 
 
@@ -91,12 +91,13 @@ async def _applied_last(stage: Stage) -> list[Any]:
     return known if await stage.until(are_quiet, timeout_s=QUIET_S) else []
 
 
-async def _send(stage: Stage, messages: Sequence[aio_pika.Message]) -> None:
-    """Into the consumers' queue, confirmed."""
+async def _sent(stage: Stage, messages: Sequence[aio_pika.Message]) -> AsyncIterator[None]:
+    """Once for each message that the consumers' queue has accepted."""
     async with connected(stage, "lab forger") as opened:
         channel = await opened.channel(publisher_confirms=True, on_return_raises=True)
         for message in messages:
             await channel.default_exchange.publish(message, EFFECTS)
+            yield
 
 
 async def _quarantined(stage: Stage, reasons: list[str], messages: Sequence[aio_pika.Message]) -> int:
@@ -164,7 +165,8 @@ def _stranger(dice: random.Random, number: int) -> aio_pika.Message:
             aio_pika.Message(json.dumps({"cmd": name}).encode(), headers={"task": "t", "id": number, "retries": 0}),
             aio_pika.Message(name.encode(), correlation_id=name, reply_to="amq.rabbitmq.reply-to.x", priority=7),
             aio_pika.Message(
-                name.encode(), headers={"x" * 120: "y" * 30_000, "": "", "nested": {"a": [1, {"b": b"\xff"}]}}
+                name.encode(),
+                headers={"x" * 120: "y" * 30_000, "": "", "nested": {"a": [1, {"b": bytearray(b"\xff")}]}},
             ),
         )
     )
@@ -183,7 +185,7 @@ _MALFORMED_HEADERS: tuple[dict[str, Any], ...] = (
     {"x-aggregate-id": "\0"},
     {"x-aggregate-id": "ä" * 300},
     {"x-aggregate-id": {"nested": {"deeper": ["x"]}}},
-    {"x-aggregate-id": b"\xff\xfe"},
+    {"x-aggregate-id": bytearray(b"\xff\xfe")},
     {"x-aggregate-id": None},
     {"x-aggregate-type": 7},
     {"x-aggregate-type": "a" * 101},

@@ -109,7 +109,7 @@ async def copies(stage: Stage, dice: random.Random) -> int:
 async def stolen(stage: Stage, dice: random.Random) -> int:
     """Acknowledged by somebody who does nothing with them. Bites: those that had no effect then, and got one all the same."""
     async with connected(stage, "lab robber") as opened:
-        taken = await _take(opened, dice.choice((5, 20, 60)))
+        taken = await _take(opened, dice.choice((20, 60, 100)))
         await asyncio.sleep(dice.uniform(0.3, 1))
         loot = [message for message in taken if message.type == "Booked"]
         ids = [message.message_id for message in loot]

@@ -33,14 +33,20 @@ SELECT pid, backend_start FROM pg_stat_activity WHERE datname = current_database
 """
 
 TERMINATE = """
-SELECT pid FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = ANY ($1::text[]) AND pg_terminate_backend(pid)
+WITH meant AS MATERIALIZED (
+  SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = ANY ($1::text[])
+)
+SELECT pid FROM meant WHERE pg_terminate_backend(pid)
 """
+"""Materialized: the conditions of one WHERE are evaluated in any order, and the last one would end everybody's session."""
 
 TERMINATE_OWNER = """
-SELECT pid FROM pg_locks
-WHERE locktype = 'advisory' AND granted AND classid = 727003 AND objid = 0 AND objsubid = 2
-  AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pg_terminate_backend(pid)
+WITH meant AS MATERIALIZED (
+  SELECT pid FROM pg_locks
+  WHERE locktype = 'advisory' AND granted AND classid = 727003 AND objid = 0 AND objsubid = 2
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)
+SELECT pid FROM meant WHERE pg_terminate_backend(pid)
 """
 """The session that holds the lock of the log: it also is the one that listens."""
 

@@ -6,6 +6,7 @@ bitten as often as a daemon's log says that it was refused.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -36,7 +37,10 @@ CONSUMERS = (
     ),
 )
 
-END_SESSIONS = "SELECT FROM pg_stat_activity WHERE usename = $1 AND pg_terminate_backend(pid)"
+END_SESSIONS = """
+WITH meant AS MATERIALIZED (SELECT pid FROM pg_stat_activity WHERE usename = $1)
+SELECT pid FROM meant WHERE pg_terminate_backend(pid)
+"""
 
 Ask = Callable[..., Awaitable[Sequence[Any]]]
 """stage.producer_sql or stage.consumer_sql."""
@@ -45,32 +49,38 @@ Ask = Callable[..., Awaitable[Sequence[Any]]]
 @fault("relay's privileges in PostgreSQL revoked", rows=(35,), touches=("relay", "producer-db", "relay-pg"))
 async def relays_rights(stage: Stage, dice: random.Random) -> int:
     """All of them, or the one to move the cursor, or the one to read the log."""
-    return await _without(stage, stage.producer_sql, *dice.choice(RELAYS), stage.relays, "permission denied")
+    return await _without(
+        stage, stage.producer_sql, *dice.choice(RELAYS), stage.relays, "permission denied", dice.uniform(0.5, 5)
+    )
 
 
 @fault("consumers' privileges in PostgreSQL revoked", rows=(35,), touches=("consumer", "consumer-db", "consumer-pg"))
 async def consumers_rights(stage: Stage, dice: random.Random) -> int:
     """All of them, or the one to move cursors, or the one to read them."""
-    return await _without(stage, stage.consumer_sql, *dice.choice(CONSUMERS), stage.consumers, "permission denied")
+    return await _without(
+        stage, stage.consumer_sql, *dice.choice(CONSUMERS), stage.consumers, "permission denied", dice.uniform(0.5, 5)
+    )
 
 
 @fault("relay's password in PostgreSQL changed", rows=(40,), touches=("relay", "producer-db", "relay-pg"))
 async def relays_password(stage: Stage, dice: random.Random) -> int:
     """Somebody rotated it and forgot the relay, whose sessions then end. In the end it is what it was."""
-    return await _without_password(stage, stage.producer_sql, "lab_relay", stage.relays)
+    return await _without_password(stage, stage.producer_sql, "lab_relay", stage.relays, dice.uniform(0.5, 5))
 
 
 @fault("consumers' password in PostgreSQL changed", rows=(40,), touches=("consumer", "consumer-db", "consumer-pg"))
 async def consumers_password(stage: Stage, dice: random.Random) -> int:
     """The same on the other side."""
-    return await _without_password(stage, stage.consumer_sql, "lab_consumer", stage.consumers)
+    return await _without_password(stage, stage.consumer_sql, "lab_consumer", stage.consumers, dice.uniform(0.5, 5))
 
 
-async def _without_password(stage: Stage, ask: Ask, role: str, daemons: Sequence[Daemon]) -> int:
+async def _without_password(stage: Stage, ask: Ask, role: str, daemons: Sequence[Daemon], lasts_s: float) -> int:
     (row,) = await ask("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role)
     back = f"ALTER ROLE {role} PASSWORD '{row['rolpassword']}'"  # a verifier, which PostgreSQL takes as it is
     refused = "password authentication failed"
-    bites = await _without(stage, ask, f"ALTER ROLE {role} PASSWORD 'rotated'", back, daemons, refused, ends=role)
+    bites = await _without(
+        stage, ask, f"ALTER ROLE {role} PASSWORD 'rotated'", back, daemons, refused, lasts_s, ends=role
+    )
     leaks = sum(stage.password in daemon.log_since(0) for daemon in daemons)
     if leaks:
         raise AssertionError(f"{leaks} daemons have written their password to the log")
@@ -84,10 +94,14 @@ async def _without(
     give: str,
     daemons: Sequence[Daemon],
     refusal: str,
+    lasts_s: float,
     *,
     ends: str | None = None,
 ) -> int:
-    """Refusals in the daemons' logs between `take` and `give`; `ends`: the role whose sessions end, so that it logs in again."""
+    """Refusals in the daemons' logs between `take` and `give`, which comes so long after the second of them.
+
+    `ends`: the role whose sessions end, so that it logs in again.
+    """
     marks = [daemon.log_mark() for daemon in daemons]
 
     def refusals() -> int:
@@ -104,7 +118,8 @@ async def _without(
         await ask(take)
         if ends is not None:
             await ask(END_SESSIONS, ends)
-        await stage.until(refused, timeout_s=NOTICED_S)
+        if await stage.until(refused, timeout_s=NOTICED_S):
+            await asyncio.sleep(lasts_s)
         return refusals()
     finally:
         if not await stage.until(given, timeout_s=HEALED_S):
