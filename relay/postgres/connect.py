@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import TypeAlias
@@ -19,6 +20,15 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 CLOSE_TIMEOUT_S = 2.0
 """Longest goodbye; after it the socket is cut. A peer that is gone would keep us for the kernel's keepalive otherwise."""
+
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000),  # ms
+)
+"""Our end of a dead peer: a connection that only listens, or waits for the next message, would not notice it by itself."""
 
 _SESSION = {
     # The server's end of a dead peer: its backend, and the locks it holds, must be gone in seconds, not in two hours.
@@ -51,7 +61,7 @@ READER_PLANS = PLANS | {
 async def connect(
     settings: PostgresSettings, *, application: str, plans: Mapping[str, str] = READER_PLANS
 ) -> Connection:
-    """A direct session, UTF-8, READ COMMITTED, with short server-side keepalives and these planner settings.
+    """A direct session, UTF-8, READ COMMITTED, with short keepalives on both ends and these planner settings.
 
     Raises PoolerError through a connection pooler, PostgresUnavailable when there is no answer, SchemaError for a
     database that is not UTF-8.
@@ -65,6 +75,7 @@ async def connect(
                 server_settings={"application_name": application},
             )
     try:
+        _keep_alive(connection)
         with postgres_errors():
             await _refuse_pooler(connection)
             await _set_session(connection, plans)
@@ -120,6 +131,14 @@ def address(dsn: str) -> str:
     host = ",".join(options.get("host", ())) or parts.netloc.rpartition("@")[2]
     database = ",".join(options.get("dbname", options.get("database", ()))) or unquote(parts.path.lstrip("/"))
     return ", ".join(f"{name} {value}" for name, value in (("host", host), ("database", database)) if value)
+
+
+def _keep_alive(connection: Connection) -> None:
+    """By itself asyncpg sets TCP_NODELAY and no more; its transport, which is private, is the only way to its socket."""
+    sock = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+    if sock.family != socket.AF_UNIX:
+        for level, option, value in _KEEPALIVE:
+            sock.setsockopt(level, option, value)
 
 
 async def _refuse_pooler(connection: Connection) -> None:
