@@ -384,8 +384,9 @@ SELECT setval('relay.outbox_id_seq', greatest((SELECT max(id) FROM relay.outbox)
 SELECT pg_try_advisory_lock($1, $2)
 
 -- name: try_wake_lock
--- $1 class, $2 shard
-SELECT pg_try_advisory_lock($1, $2)
+-- $1 class, $2 shard. Not granted while the notification queue is half full: a listener of somebody else is stuck in a transaction,
+-- and once the queue is full a producer that has to notify cannot commit. Whoever stays awake is not notified.
+SELECT CASE WHEN pg_notification_queue_usage() < 0.5 THEN pg_try_advisory_lock($1, $2) ELSE false END
 
 -- name: release_wake_lock
 -- $1 class, $2 shard
