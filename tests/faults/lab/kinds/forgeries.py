@@ -204,7 +204,6 @@ def _malformed(dice: random.Random) -> Iterable[aio_pika.Message]:
         message.headers.update(headers)
         yield message
     for attribute, value in (
-        ("message_id", None),
         ("message_id", "\0"),
         ("app_id", None),
         ("app_id", "bad\0name"),
