@@ -51,7 +51,7 @@ class Daemon:
             if self.pid is None and not self._holds:
                 await self._note_end()
                 await asyncio.sleep(RESTART_S)
-                if not self._holds:
+                if not self._holds and self.pid is None:  # whoever held it meanwhile may have started it
                     await self.start()
             await asyncio.sleep(_LOOK_S)
 

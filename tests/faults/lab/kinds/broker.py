@@ -25,6 +25,7 @@ from tests.faults.lab.stage import ALL_PERMISSIONS, BROKER_USERS, Stage
 WHOLE = ("broker", "relay-amqp", "consumer-amqp")
 RELAY_USER, CONSUMER_USER = BROKER_USERS
 EXCHANGE, QUEUE, AUDIT, AUDITED = "relay.events", "effects", "audit", "account.#"
+LIMIT = "/api/policies/%2F/lab-full"
 MEMORY_LIMIT = "0.4"  # RabbitMQ 3's default
 DISK_LIMIT = "50MB"  # the sandbox's
 HEALED_BY_MARKS_S = 30.0
@@ -118,18 +119,35 @@ async def _alarm(
 
 @fault("queue full", rows=(8, 9), touches=("consumer", *WHOLE), smoke=True)
 async def queue_full(stage: Stage, dice: random.Random) -> int:
-    """Nobody consumes, and the queue takes no more: what goes there is refused with basic.nack, and tried again."""
+    """Nobody consumes, and the queue takes no more: what goes there is refused with basic.nack, and tried again.
+
+    The limit is raised before it is taken away: RabbitMQ 3.10 does not tell publishers that they may go on when a limit is
+    gone, and nacks whatever their channels publish to the queue until they open new ones.
+    """
     before = stage.relay_amqp.seen["nack"]
-    policy = "/api/policies/%2F/lab-full"
-    rules = {"max-length": 20, "overflow": "reject-publish"}
-    async with _nobody_consuming(stage):
-        try:
-            await _api(stage, "PUT", policy, {"pattern": f"^{QUEUE}$", "apply-to": "queues", "definition": rules})
+    try:
+        async with _nobody_consuming(stage):
+            await _limit(stage, 20)
             await _wait(stage, lambda: stage.relay_amqp.seen["nack"] > before, timeout_s=12)
             await asyncio.sleep(dice.uniform(0.5, 2.5))
-        finally:
-            await _api(stage, "DELETE", policy)
-    return int(stage.relay_amqp.seen["nack"] - before)
+            nacks = stage.relay_amqp.seen["nack"] - before
+    finally:
+        await _limit(stage, 1_000_000)
+        await _wait(stage, lambda: _takes_again(stage), timeout_s=10)
+        await _api(stage, "DELETE", LIMIT)
+    return nacks
+
+
+async def _limit(stage: Stage, messages: int) -> None:
+    rules = {"max-length": messages, "overflow": "reject-publish"}
+    await _api(stage, "PUT", LIMIT, {"pattern": f"^{QUEUE}$", "apply-to": "queues", "definition": rules})
+
+
+async def _takes_again(stage: Stage) -> bool:
+    """No publisher was refused for a while."""
+    before = stage.relay_amqp.seen["nack"]
+    await asyncio.sleep(1)
+    return stage.relay_amqp.seen["nack"] == before
 
 
 # --- what it has is taken away

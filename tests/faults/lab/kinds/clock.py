@@ -94,6 +94,7 @@ async def _lied_to(stage: Stage, daemon: Daemon) -> AsyncIterator[Callable[[int]
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
+    await at_work(stage, daemon)
     try:
         await daemon.restart()
         await at_work(stage, daemon)
