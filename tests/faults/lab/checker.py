@@ -127,6 +127,13 @@ def _checks(evidence: Evidence, books: Books, course: Course, limits: Limits) ->
         sum(event.key[0] not in evidence.unwitnessed_types for event in evidence.committed),
         _never_published(evidence, books),
     )
+    stale = f"{evidence.stale_checkpoints} checkpoints were written by a session that had lost the log to another owner"
+    yield check(
+        "single writer",
+        "only the owner of the log moves its cursor",
+        1,
+        [(stale, None)] if evidence.stale_checkpoints else (),
+    )
     if evidence.strict:
         yield check("first publication", "events are first published in order", messages, _out_of_turn(books))
     yield check("leftovers", "nothing is left over", len(_expected_leftovers(evidence)), _left(evidence))

@@ -93,6 +93,7 @@ class Course:
                 healed=fault.healed,
                 seconds=each.recovery_s,
                 bound_s=each.bound_s,
+                own_bound_s=self._bound_s(fault),
                 alone=len(each.faults) == 1,
             )
             for each in self.disturbances
@@ -126,7 +127,7 @@ class Course:
 
     def _disturbance(self, faults: Sequence[Struck]) -> Disturbance:
         healed = max(fault.healed for fault in faults)
-        bound_s = max(self.recovery_s.get(fault.kind, self.limits.recovery_s) for fault in faults)
+        bound_s = max(map(self._bound_s, faults))
         calm = healed
         while (reached := self.caught_up(calm)) - calm > self.limits.calm_s and reached < healed + bound_s:
             calm = reached
@@ -138,6 +139,9 @@ class Course:
             recovered=self.caught_up(healed),
             calm=min(reached, healed + bound_s),
         )
+
+    def _bound_s(self, fault: Struck) -> float:
+        return self.recovery_s.get(fault.kind, self.limits.recovery_s)
 
     def _quiet(self) -> Iterator[Span]:
         start = self.began

@@ -12,8 +12,13 @@ def recovered(course: Course) -> Iterator[tuple[str, float | None]]:
     """Disturbances after which it took longer than the bound until everything was applied that had been committed before."""
     for each in course.disturbances:
         if each.recovery_s > each.bound_s:
-            kinds = " and ".join(sorted({repr(fault.kind) for fault in each.faults}))
-            yield f"after {kinds} it took {each.recovery_s:.1f} s, at most {each.bound_s:g} s are allowed", each.healed
+            last = max(each.faults, key=lambda fault: fault.healed)
+            others = len(each.faults) - 1
+            company = f" and {others} that overlapped" if others else ""
+            yield (
+                f"after {last.kind!r}{company} it took {each.recovery_s:.1f} s, at most {each.bound_s:g} s are allowed",
+                each.healed,
+            )
 
 
 def waited(

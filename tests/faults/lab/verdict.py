@@ -28,6 +28,7 @@ class Recovery:
     healed: float
     seconds: float  # from the heal; of faults that overlap, from the last heal
     bound_s: float  # of faults that overlap, the longest of theirs
+    own_bound_s: float
     alone: bool  # False: other faults overlapped, so it may be theirs
 
 
