@@ -48,10 +48,10 @@ class Daemon:
     async def keep(self) -> None:
         """Start it again whenever it has ended, unless it is held. Ends by cancellation."""
         while True:
-            if self.pid is None and not self._holds:
+            if self._is_missed:
                 await self._note_end()
                 await asyncio.sleep(RESTART_S)
-                if not self._holds and self.pid is None:  # whoever held it meanwhile may have started it
+                if self._is_missed:  # whoever held it meanwhile may have started it
                     await self.start()
             await asyncio.sleep(_LOOK_S)
 
@@ -115,6 +115,10 @@ class Daemon:
         with self.log.open("rb") as file:
             file.seek(mark)
             return file.read().decode(errors="replace")
+
+    @property
+    def _is_missed(self) -> bool:
+        return self.pid is None and not self._holds
 
     async def _note_end(self) -> None:
         if self._process is not None and (code := await asyncio.to_thread(self._process.wait, 0)) is not None:
