@@ -17,9 +17,12 @@ from structlog.testing import capture_logs
 
 from relay.daemon import Outbox
 from relay.postgres.migrate import migrate
-from relay.sandbox import Postgres, SandboxPostgres
+from relay.sandbox import SandboxPostgres
+from tests.faults.own_servers import postgres_version
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, until
+
+__all__ = ["postgres_version"]
 
 DISK = "160m"
 SETTINGS = {"max_wal_size": "32MB", "min_wal_size": "32MB", "wal_recycle": "off", "wal_init_zero": "on"}
@@ -48,10 +51,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def server(disk: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxPostgres]:
+def server(disk: Path, postgres_version: str | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxPostgres]:
     """A PostgreSQL whose data and write-ahead log are on it, of the version that the other tests use."""
-    select = str(postgres.binaries.major) if isinstance(postgres, SandboxPostgres) else None
-    made = SandboxPostgres(select, settings=SETTINGS)
+    made = SandboxPostgres(postgres_version, settings=SETTINGS)
     with monkeypatch.context() as patched:
         patched.setattr(tempfile, "tempdir", str(disk))
         made.start()

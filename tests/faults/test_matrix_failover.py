@@ -12,22 +12,24 @@ import pytest
 from relay.daemon import Outbox
 from relay.inbox import Inbox
 from relay.postgres.migrate import migrate
-from relay.sandbox import Postgres, SandboxPostgres
+from relay.sandbox import SandboxPostgres
 from relay.settings import Settings
+from tests.faults.own_servers import postgres_version
 from tests.faults.shop import declare_queue
 from tests.faults.standby import Standby
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, until
 from tests.harness.pair import record
 
+__all__ = ["postgres_version"]
+
 DATABASE = "shop"
 
 
 @pytest.fixture
-def primary(postgres: Postgres) -> Iterator[SandboxPostgres]:
+def primary(postgres_version: str | None) -> Iterator[SandboxPostgres]:
     """A server of this test's own, of the version that the others use."""
-    select = str(postgres.binaries.major) if isinstance(postgres, SandboxPostgres) else None
-    with SandboxPostgres(select, fsync=False) as server:
+    with SandboxPostgres(postgres_version, fsync=False) as server:
         yield server
 
 

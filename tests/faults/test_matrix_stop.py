@@ -16,15 +16,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from relay.sandbox import RabbitMQ, SandboxRabbitMQ
+from relay.sandbox import SandboxRabbitMQ
 from relay.settings import Settings
+from tests.faults.own_servers import own_broker
 from tests.faults.shop import CONSUMER_TABLES, PRODUCER_TABLES, applied_count, declare_queue, effects_inbox, judge
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, settings_for, until
 from tests.harness.pair import consumer_database
 from tests.harness.program import Program, environment, relay
 
-__all__ = ["consumer_database"]
+__all__ = ["consumer_database", "own_broker"]
 
 MEGABYTE = 1024 * 1024
 GOODBYES_S = 10.0
@@ -39,14 +40,6 @@ OWNER = """
 SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = 727003 AND granted
 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-
-
-@pytest.fixture
-def own_broker(rabbitmq: RabbitMQ) -> SandboxRabbitMQ:
-    """The session's broker, where it is ours to torment."""
-    if not isinstance(rabbitmq, SandboxRabbitMQ):
-        pytest.skip("needs a broker of our own: unset RELAY_TEST_RABBITMQ_URL")
-    return rabbitmq
 
 
 @asynccontextmanager
