@@ -65,6 +65,7 @@ class Point(Enum):
     SET_APART = "a handler has failed and all is rolled back: what failed is tried again by itself"
     RETRYING_HELD = "held messages are due and about to be tried again"
     GAP_NOTED = "a number is found to be missing, committed, and not asked for"
+    GAP_CLAIMED = "it is ours alone to ask for, for half a minute, committed; nobody is asked"
     GAP_WRITTEN = "it is written down as asked for, committed, and not asked"
     GAP_ASKED = "it is asked for"
     GAP_CLOSED = "all that was missing is there, the gap is removed, committed"

@@ -153,7 +153,10 @@ class Healing:
         room = _WINDOW - sum(o.numbers for o in self._outstanding.values())
         if room < _WINDOW // 2:
             return 0
-        claimed = await self._states(opened, await gaps.claim(opened, self._consumer, _CLAIM))
+        ours = await gaps.claim(opened, self._consumer, _CLAIM)
+        if ours:
+            reached(Point.GAP_CLAIMED)
+        claimed = await self._states(opened, ours)
         closing = [gap for gap in claimed if gap.need is Need.CLOSE]
         self._tell_closed(await gaps.close(opened, self._consumer, closing))
         coming = [gap for gap in claimed if gap.need is Need.WAIT and (gap.is_coming or gap.key in self._outstanding)]
