@@ -133,5 +133,6 @@ class Database:
             self.operated.set()
 
     def _on_termination(self, connection: object) -> None:
-        if connection is self._connection or getattr(connection, "_con", None) is self._connection:
+        """It is told a step of the loop later: of a connection that was discarded, when there is none in its place yet."""
+        if connection is self._connection:
             self.lost.set()

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+import structlog
 from pydantic import SecretStr
 
 from relay.errors import PrivilegeError, SchemaError
@@ -122,6 +123,28 @@ async def test_a_handler_that_takes_too_long_has_failed_and_cannot_commit_late(d
         slow[0] = False
         await w.until(lambda s: s.applied == 6)
         assert await w.effects() == [1, 2, 3]
+
+
+async def test_a_handler_that_takes_too_long_costs_its_connection_and_not_the_session(
+    database: str, broker: str
+) -> None:
+    """A session that ends gives all that it was sent back to the broker, and what is on its way waits for the next one."""
+    inbox = recording()
+
+    @inbox.on("S")
+    async def sleep(event: Event, tx: Connection) -> None:
+        await asyncio.sleep(60)
+
+    async with world(database, broker, handler_timeout_s=0.3, retry_first_s=0.3, retry_max_s=0.3) as w:
+        with structlog.testing.capture_logs() as logs:
+            async with w.running(inbox):
+                await w.publish([Sent(seq=1, event_type="S"), *stream("other", 3)])
+                await w.until(lambda s: s.applied == 3 and s.failed >= 3)
+                await w.publish([Sent(seq=4, aggregate="other")])
+                await w.until(lambda s: s.applied == 4)
+    told = [line["event"] for line in logs]
+    assert told.count("inbox_started") == 1
+    assert "session_failed" not in told
 
 
 async def test_a_deferred_constraint_that_fails_at_commit_is_charged_to_its_message(database: str, broker: str) -> None:
