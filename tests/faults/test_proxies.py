@@ -241,14 +241,16 @@ async def test_a_connection_is_cut_instead_of_its_ack_as_often_as_told(amqp: Amq
     assert await queued(vhost) == ["cut", "later"]
 
 
-@pytest.mark.parametrize("where", [frames.METHOD, frames.HEADER, frames.BODY])
+@pytest.mark.parametrize(
+    ("where", "size"), [(frames.METHOD, 1000), (frames.HEADER, 0), (frames.BODY, 1000), (frames.BODY, 0)]
+)
 async def test_a_publish_that_is_cut_in_its_middle_is_not_in_the_broker(
-    amqp: AmqpProxy, vhost: str, where: int, monkeypatch: pytest.MonkeyPatch
+    amqp: AmqpProxy, vhost: str, where: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(amqp.dice, "choice", lambda kinds: where)
     async with publisher(through(vhost, amqp)) as there, amqp.cutting_inside_publish() as bites:
         with pytest.raises(BROKEN):
-            await there.publish("cut", size=0 if where == frames.HEADER else 1000)
+            await there.publish("cut", size=size)
     async with publisher(through(vhost, amqp)) as there:
         await there.publish("whole")
     assert bites.count == 1
@@ -348,6 +350,16 @@ async def test_large_streams_pass_whole_even_to_a_slow_reader(proxy: TcpProxy) -
         assert await asyncio.wait_for(there.reader.readexactly(len(data)), 10) == data
 
 
+async def test_nothing_is_read_for_a_peer_that_does_not_read(proxy: TcpProxy) -> None:
+    async with client(proxy) as there:
+        await there.says(b"hello")
+        [link] = proxy.links
+        link.server.pause_writing()
+        assert not link.client.transport.is_reading()
+        link.server.resume_writing()
+        assert await there.says(b"again") == b"again"
+
+
 async def test_a_cut_ends_every_connection_and_says_how_many(proxy: TcpProxy) -> None:
     async with client(proxy) as one, client(proxy) as two:
         await asyncio.gather(one.says(b"hello"), two.says(b"hello"))
@@ -373,6 +385,9 @@ async def test_a_black_hole_swallows_bytes_and_goodbyes_and_what_lost_some_stays
             [half_open] = [link for link in proxy.links if link.client.gone]
             assert not half_open.server.gone, "the server heard a goodbye out of a black hole"
         await until(lambda: _count_is(proxy, 1))
+        assert await busy.is_silent()
+        [lost] = proxy.links
+        lost.received(lost.server, b"what the server says by itself")
         assert await busy.is_silent()
         async with client(proxy) as later:
             assert await later.says(b"healed") == b"healed"

@@ -15,7 +15,6 @@ from tests.faults.lab.statements import (
     Splitter,
     Statements,
     asks_for_encryption,
-    is_cancel_request,
 )
 
 Side = Literal["request", "answer"]
@@ -41,7 +40,7 @@ class Trap(Bites):
 
 
 class PostgresProxy(TcpProxy):
-    """Clients connect to PostgreSQL through it. Encrypted sessions and cancel requests pass unread.
+    """Clients connect to PostgreSQL through it. Encrypted sessions pass unread, cancel requests pass.
 
     `seen` counts statements that were run (statement), and connections.
     """
@@ -163,9 +162,7 @@ class PostgresLink(Link):
     def _start(self, message: Message) -> None:
         if asks_for_encryption(message.data):
             self._server_messages.expects_answer = True
-        elif is_cancel_request(message.data):
-            self._opaque = True
-        else:
+        else:  # after a CancelRequest nothing follows
             self._client_messages.starting = False
 
     def _withhold(self, trap: Trap, whole: bytes, messages: list[Message]) -> bytes:

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 _SIZE = struct.Struct(">I")
-_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = 80877103, 80877104, 80877102
+_SSL_REQUEST, _GSS_REQUEST = 80877103, 80877104
 
 STARTUP = b""
 """The kind of what has none: a client's first message, and the one byte that answers a request for encryption."""
@@ -73,16 +73,7 @@ class Splitter:
 
 def asks_for_encryption(startup: memoryview) -> bool:
     """True for an SSLRequest or GSSENCRequest: the answer is one byte, and then comes another first message."""
-    return _code(startup) in (_SSL_REQUEST, _GSS_REQUEST)
-
-
-def is_cancel_request(startup: memoryview) -> bool:
-    """True for a connection that only cancels another's statement."""
-    return _code(startup) == _CANCEL_REQUEST
-
-
-def _code(startup: memoryview) -> int:
-    return int(_SIZE.unpack_from(startup, 4)[0]) if len(startup) >= 8 else 0
+    return len(startup) == 8 and _SIZE.unpack_from(startup, 4)[0] in (_SSL_REQUEST, _GSS_REQUEST)
 
 
 class Statements:
