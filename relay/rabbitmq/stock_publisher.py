@@ -176,7 +176,10 @@ class StockPublisher:
             # take the answer to each later message for another's (RELIABILITY 3-A), so this channel is not used again.
             self._end(BrokerUnavailable("a message could not be encoded"))
             return Refused("unencodable", f"{type(exc).__name__}: {exc}"[:300])
-        return Confirmed() if isinstance(answer, Basic.Ack) else Unknown(f"unexpected answer {type(answer).__name__}")
+        if isinstance(answer, Basic.Ack):
+            return Confirmed()
+        self._end(BrokerUnavailable(f"a publish was answered with {type(answer).__name__}, which is no confirm"))
+        return Unknown(str(self._lost))
 
     def _outcome(self, task: asyncio.Task[Outcome], in_flight: int, *, late: bool) -> Outcome:
         """A task that ended with an exception, or as if cancelled (the heartbeat died), has no answer from the broker."""

@@ -194,14 +194,28 @@ class TestA:
     async def test_a_message_that_fails_in_the_library_all_the_same_ends_the_session_without_a_false_confirm(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Used on, it would be told of D's ack as C's, which the broker has refused."""
         forgetful(monkeypatch)
         monkeypatch.setattr("relay.rabbitmq.stock_publisher._unsendable", lambda _message: None)
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
+        async with stub_broker(nacks_the_second) as broker, publisher_to(broker) as publisher:
             batch = [message("bad", message_id="m" * 256), message("B"), message("C"), message("D")]
             outcomes = await publisher.publish(batch)
             assert [type(o) for o in outcomes] == [Refused, Unknown, Unknown, Unknown]
             assert isinstance(publisher.lost, BrokerUnavailable)
             assert not publisher.message_is_suspect, "it was found already: no need to look for it one by one"
+
+    @pytest.mark.parametrize("answer", [None, True, spec.Basic.Nack(1)], ids=["nothing", "true", "a nack"])
+    async def test_only_an_ack_confirms(self, monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
+        """aio-pika once answered with a bool; and without confirms aiormq answers nothing, at once."""
+
+        async def basic_publish(*_: Any, **__: Any) -> object:
+            return answer
+
+        async with stub_broker() as broker, publisher_to(broker) as publisher:
+            monkeypatch.setattr(aiormq.Channel, "basic_publish", basic_publish)
+            outcomes = await publisher.publish(messages(2))
+            assert [type(o) for o in outcomes] == [Unknown, Unknown]
+            assert isinstance(publisher.lost, BrokerUnavailable)
 
 
 def nacks_the_second(line: Line, published: Published) -> None:
