@@ -1,7 +1,4 @@
-"""The service's own code fails: handlers that raise, that hang, and that take their process with them.
-
-All of it happens to one aggregate of the type `poison`; everything else must go on as if nothing were.
-"""
+"""The service's own code fails, for one aggregate of the type `poison`: handlers that raise, and that hang."""
 
 from __future__ import annotations
 
@@ -28,10 +25,14 @@ async def raises(stage: Stage, dice: random.Random) -> int:
     return await _suffering(stage, dice, "INSERT INTO poison VALUES ($1)", "DELETE FROM poison", "%Poisoned%")
 
 
-@fault("handler hangs", rows=(25,), touches=("consumer",), confined_to="poison")
+@fault("handler hangs", rows=(25,), touches=("consumer",))
 async def hangs(stage: Stage, dice: random.Random) -> int:
-    """Longer than it may, every time. Bites: attempts that were ended by the time-out."""
-    return await _suffering(stage, dice, "INSERT INTO hang VALUES ($1, 60)", "DELETE FROM hang", "%")
+    """Longer than it may, every time. Bites: attempts that were ended by the time-out.
+
+    Only its own aggregate is held, but every attempt costs its consumer the whole time-out, and whatever that consumer has in
+    hand waits as long: this is not confined.
+    """
+    return await _suffering(stage, dice, "INSERT INTO hang VALUES ($1, 60)", "DELETE FROM hang", "%longer than%")
 
 
 async def _suffering(stage: Stage, dice: random.Random, infect: str, cure: str, error: str) -> int:

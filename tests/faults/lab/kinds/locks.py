@@ -21,7 +21,7 @@ from tests.faults.lab.stage import Stage
 Open = Callable[[], AbstractAsyncContextManager[Connection]]
 """stage.producer or stage.consumer."""
 
-LOCK_WAIT_S = 10.0
+LOCK_WAIT_S = 15.0
 """Longest that we wait for a lock ourselves: some producers' transactions last six seconds, and everybody waits behind us."""
 
 COMMAND_TIMEOUT_S = 10.0
