@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tests.faults.lab.frames import BODY, HEADER, METHOD, Frame, Method, NotAmqp, Splitter, ack, joined, nack
-from tests.faults.lab.proxy import Bites, Link, TcpProxy
+from tests.faults.lab.link import Link
+from tests.faults.lab.proxy import Bites, TcpProxy
 
 Bytes = memoryview | bytes
 

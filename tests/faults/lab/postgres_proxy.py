@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.faults.lab.proxy import Bites, Link, TcpProxy
+from tests.faults.lab.link import Link
+from tests.faults.lab.proxy import Bites, TcpProxy
 from tests.faults.lab.statements import (
     STARTUP,
     Message,
