@@ -15,11 +15,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aio_pika
+import aiormq.exceptions
 from aiormq.abc import AbstractChannel
 
+from relay.errors import SandboxError
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.fault import fault
-from tests.faults.lab.kinds.processes import at_work, frozen
+from tests.faults.lab.kinds.processes import frozen
 from tests.faults.lab.stage import ALL_PERMISSIONS, BROKER_USERS, Stage
 
 WHOLE = ("broker", "relay-amqp", "consumer-amqp")
@@ -117,7 +119,7 @@ async def _alarm(
     return int(stage.relay_amqp.seen["blocked"] - before)
 
 
-@fault("queue full", rows=(8, 9), touches=("consumer", *WHOLE), smoke=True)
+@fault("queue full", rows=(8, 9), touches=("consumer", *WHOLE), smoke=True, recovery_s=30)
 async def queue_full(stage: Stage, dice: random.Random) -> int:
     """Nobody consumes, and the queue takes no more: what goes there is refused with basic.nack, and tried again.
 
@@ -166,7 +168,8 @@ async def exchange_deleted(stage: Stage, _: random.Random) -> int:
     The audit queue must be bound before the consumers': it would not witness what they get. So consumers are only sent into
     their next session when it is.
     """
-    marks = _marks(stage.relays)
+    await _at_work(stage)
+    marks, returned = _marks(stage.relays), stage.relay_amqp.seen["return"]
     try:
         async with _operator(stage) as channel:
             await channel.exchange_delete(EXCHANGE)
@@ -177,14 +180,13 @@ async def exchange_deleted(stage: Stage, _: random.Random) -> int:
             await channel.queue_bind(AUDIT, EXCHANGE, AUDITED)
         await _close_connections(stage, CONSUMER_USER)
     await _require(stage, lambda: _is_bound(stage, AUDITED), "no consumer has bound its queue again", 15)
-    return _count(NO_EXCHANGE, stage.relays, marks)
+    return _count(NO_EXCHANGE, stage.relays, marks) + stage.relay_amqp.seen["return"] - returned
 
 
 @fault("queue deleted", rows=(11, 41), touches=("consumer", *WHOLE), recovery_s=HEALED_BY_MARKS_S)
 async def queue_deleted(stage: Stage, dice: random.Random) -> int:
     """With all that is in it. Consumers are told, and declare it again; until it is bound, events go to the audit only."""
-    for consumer in stage.consumers:
-        await at_work(stage, consumer)
+    await _at_work(stage)
     marks = _marks(stage.consumers)
     await asyncio.sleep(dice.uniform(0, 0.5))
     async with _operator(stage) as channel:
@@ -313,8 +315,7 @@ async def _operator(stage: Stage) -> AsyncIterator[AbstractChannel]:
 @asynccontextmanager
 async def _nobody_consuming(stage: Stage) -> AsyncIterator[None]:
     """Both consumers stand still: what they have not taken yet stays in the queue."""
-    for consumer in stage.consumers:
-        await at_work(stage, consumer)
+    await _at_work(stage)
     async with frozen(stage, *stage.consumers):
         yield
 
@@ -374,14 +375,31 @@ def _count(words: re.Pattern[str], daemons: Sequence[Daemon], marks: Sequence[in
     return sum(len(words.findall(d.log_since(mark))) for d, mark in zip(daemons, marks, strict=True))
 
 
+async def _at_work(stage: Stage) -> None:
+    """Wait until the relay publishes and both consumers are on the queue: who is just connecting notices nothing."""
+    before = stage.relay_amqp.seen["publish"]
+
+    async def at_work() -> bool:
+        async with _operator(stage) as channel:
+            consuming = (await channel.queue_declare(QUEUE, passive=True)).consumer_count == len(stage.consumers)
+        return consuming and stage.relay_amqp.seen["publish"] > before
+
+    await _require(stage, at_work, "relay and consumers are not at work", 20)
+
+
 async def _wait(stage: Stage, condition: Callable[[], Awaitable[bool] | bool], *, timeout_s: float) -> bool:
+    """As `Stage.until`; a broker that does not answer counts as not yet, too."""
+
     async def asked() -> bool:
-        found = condition()
-        return found if isinstance(found, bool) else await found
+        try:
+            found = condition()
+            return found if isinstance(found, bool) else await found
+        except (aiormq.exceptions.AMQPError, SandboxError):
+            return False
 
     return await stage.until(asked, timeout_s=timeout_s)
 
 
 async def _require(stage: Stage, condition: Callable[[], Awaitable[bool]], failure: str, timeout_s: float) -> None:
-    if not await stage.until(condition, timeout_s=timeout_s, every_s=0.1):
+    if not await _wait(stage, condition, timeout_s=timeout_s):
         raise TimeoutError(failure)
