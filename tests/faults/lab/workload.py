@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import asyncpg
 
+from relay.postgres.connect import Connection
 from tests.faults.lab.effects import digest
 from tests.faults.lab.history import History
 
@@ -50,8 +51,6 @@ PATIENCE_S = 20.0
 """Longest that a producer waits for one transaction, as a careful application would."""
 
 _FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-
-Connection = asyncpg.Connection[asyncpg.Record]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +168,7 @@ class _Producer:
         if dice.random() < UNDONE:
             await transaction.rollback()
             return "undone"
-        await _log(connection, kept)
+        await log(connection, kept)
         if dice.random() < CUT_AT_COMMIT:
             committing = asyncio.create_task(transaction.commit())
             await asyncio.sleep(0)  # written, not answered
@@ -217,7 +216,13 @@ async def _insert(connection: Connection, booking: Booking) -> int:
     return seq
 
 
-async def _log(connection: Connection, kept: list[tuple[Booking, int]]) -> None:
+async def log(connection: Connection, kept: list[tuple[Booking, int]]) -> None:
+    """The producer's own account of events and their numbers, in the transaction of the events."""
     if kept:
         columns = [(b.token, b.kind, b.aggregate, seq, b.amount, b.sha) for b, seq in kept]
         await connection.execute(LOG, *map(list, zip(*columns, strict=True)))
+
+
+async def write(connection: Connection, bookings: list[Booking]) -> None:
+    """Events and the account of them, in the caller's transaction."""
+    await log(connection, [(booking, await _insert(connection, booking)) for booking in bookings])
