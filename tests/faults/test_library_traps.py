@@ -78,6 +78,7 @@ Q4  bloat, and plans that go wrong: the log is read by its indexes and emptied b
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,8 +136,13 @@ def test_every_letter_of_these_files_is_in_the_table() -> None:
                 assert f"tests/faults/{path.name}::{node.name}" in named, f"{path.name}::{node.name} is not told"
 
 
-def used_names() -> Iterator[tuple[Path, str]]:
+@functools.cache
+def used_names() -> frozenset[tuple[Path, str]]:
     """Every name that the product's code imports, calls or reads; not what its comments and texts say."""
+    return frozenset(_names())
+
+
+def _names() -> Iterator[tuple[Path, str]]:
     for path in sorted((ROOT / "relay").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:

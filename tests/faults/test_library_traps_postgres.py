@@ -7,8 +7,9 @@ hold whatever the library does. Between relay and PostgreSQL stands the laborato
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,10 +23,19 @@ from relay.outbox.wakeup import Wakeup
 from relay.postgres import connect as connecting
 from relay.postgres.connect import Connection, close, connect
 from relay.postgres.errors import postgres_errors
+from relay.sandbox import Postgres
 from relay.settings import PostgresSettings
 from tests.faults.lab.postgres_proxy import PostgresProxy
 from tests.harness.loop_clock import loop_clock
 from tests.harness.outbox import connected
+
+
+@pytest.fixture(scope="module")
+def database(postgres: Postgres) -> Iterator[str]:
+    """One for all tests of this file: they ask for sessions and locks, not for tables."""
+    name = f"relay_traps_{secrets.token_hex(4)}"
+    yield postgres.create_database(name, None)
+    postgres.drop_database(name)
 
 
 @asynccontextmanager
