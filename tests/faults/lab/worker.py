@@ -46,7 +46,7 @@ def main() -> None:
     from relay.outbox.marks import Pace
 
     interval_s, sweep_s = MARKS_S
-    Pace.__init__.__kwdefaults__.update(interval_s=interval_s, sweep_s=sweep_s)
+    (Pace.__init__.__kwdefaults__ or {}).update(interval_s=interval_s, sweep_s=sweep_s)
     if Pace().sweep_s != sweep_s:
         raise AssertionError("the marks keep their own pace: no run would heal in time")
     try:
