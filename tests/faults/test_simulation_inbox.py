@@ -1,0 +1,166 @@
+"""The inbox in a simulation: thousands of schedules of deliveries, handlers and faults, none of which breaks a promise.
+
+A failure names the seed of its schedule; to see it again: RELAY_SIMULATION_SEED=<seed> pytest -n 0 -k inbox_seed
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.faults.simulation.connection import FATES
+from tests.faults.simulation.explorer import explore, replay, simulated
+from tests.faults.simulation.inbox_schedules import NAMES, SETTINGS, journal_of, play
+from tests.faults.simulation.inbox_world import KINDS, MOODS, InboxWorld
+from tests.faults.simulation.mutants import INBOX, Mutant
+
+SCHEDULES = 9_000
+WITHIN = 1_000
+"""Every mutant is found within so many schedules: most within five."""
+
+
+def test_nine_thousand_schedules_give_each_event_its_effect_once_and_in_order() -> None:
+    played = 0
+
+    def counted(seed: int) -> InboxWorld:
+        nonlocal played
+        world = play(seed)
+        played += 1
+        return world
+
+    found = explore(counted, range(SCHEDULES))
+    assert found is None, _told(found)
+    assert played == SCHEDULES
+
+
+@pytest.mark.skipif("RELAY_SIMULATION_SEED" not in os.environ, reason="plays the schedule that a failure has named")
+def test_inbox_seed_is_played_again() -> None:
+    with simulated():
+        print(journal_of(replay(play, int(os.environ["RELAY_SIMULATION_SEED"]))))
+
+
+@pytest.mark.parametrize("mutant", INBOX, ids=lambda mutant: mutant.__name__)
+def test_an_inbox_that_is_broken_on_purpose_is_found_out(mutant: Mutant) -> None:
+    with mutant():
+        found = explore(play, range(WITHIN))
+    assert found is not None, f"{mutant.__name__} survived {WITHIN} schedules: {mutant.__doc__}"
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    with simulated():
+        for seed in range(30):
+            assert replay(play, seed).journal == replay(play, seed).journal
+
+
+def test_the_schedules_do_what_their_names_say() -> None:
+    """Faults that never strike would prove nothing."""
+    told: dict[str, int] = {}
+    with simulated():
+        for seed in range(400):
+            for entry in replay(play, seed).journal:
+                told[entry[1]] = told.get(entry[1], 0) + 1
+    faults = {"kill", "strike", "broker down", "shuffle", "handler", "soothe", "lost", "repair", "again"}
+    faults |= {"contradiction", "tombstone", "effect"}
+    assert {name for name in faults if told.get(name, 0) < 20} == set(), told
+
+
+class Consumers(RuleBasedStateMachine):
+    """The same world, played by Hypothesis: a failing schedule is shrunk to the few acts that it takes."""
+
+    kinds = st.sampled_from(tuple(KINDS))
+    names = st.sampled_from(NAMES)
+    numbers = st.integers(1, 4)
+    positions = st.none() | st.integers(0, 9)
+    seconds = st.sampled_from((0.002, 0.05, 0.5, 3.0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._silence = simulated()
+        self._silence.__enter__()
+        self.world: InboxWorld | None = None
+
+    @initialize(seed=st.integers(0, 99), configured=st.sampled_from(SETTINGS), consumers=st.integers(1, 2))
+    def start(self, seed: int, configured: Any, consumers: int) -> None:
+        self.world = InboxWorld(seed, configured, consumers=consumers)
+
+    def _do(self, act: Callable[[InboxWorld], None]) -> None:
+        assert self.world is not None
+        act(self.world)
+
+    @rule(kind=kinds, name=names, position=positions, lost=st.booleans())
+    def send(self, kind: str, name: str, position: int | None, lost: bool) -> None:
+        self._do(lambda world: world.send(kind, name, position=position, lost=lost))
+
+    @rule(kind=kinds, name=names, seq=numbers, position=positions)
+    def send_again(self, kind: str, name: str, seq: int, position: int | None) -> None:
+        self._do(lambda world: world.send_again(kind, name, seq, position))
+
+    @rule(kind=kinds, name=names, seq=numbers)
+    def contradict(self, kind: str, name: str, seq: int) -> None:
+        self._do(lambda world: world.contradict(kind, name, seq))
+
+    @rule(kind=kinds, name=names, seq=numbers)
+    def bury(self, kind: str, name: str, seq: int) -> None:
+        self._do(lambda world: world.bury(kind, name, seq))
+
+    @rule()
+    def repair(self) -> None:
+        self._do(lambda world: world.repair())
+
+    @rule()
+    def shuffle(self) -> None:
+        self._do(lambda world: world.shuffle())
+
+    @rule(kind=kinds, name=names, seq=numbers, mood=st.sampled_from(MOODS))
+    def upset(self, kind: str, name: str, seq: int, mood: Any) -> None:
+        self._do(lambda world: world.upset(kind, name, seq, mood))
+
+    @rule()
+    def soothe(self) -> None:
+        self._do(lambda world: world.soothe())
+
+    @rule(seconds=seconds)
+    def wait(self, seconds: float) -> None:
+        self._do(lambda world: world.run(seconds))
+
+    @rule(consumer=st.integers(0, 1))
+    def kill(self, consumer: int) -> None:
+        self._do(lambda world: world.kill(consumer % len(world.processes)))
+
+    @rule(consumer=st.integers(0, 1), operations=st.integers(1, 14), fate=st.sampled_from(FATES))
+    def strike(self, consumer: int, operations: int, fate: Any) -> None:
+        self._do(lambda world: world.strike(consumer % len(world.processes), operations, fate))
+
+    @rule(down_for=seconds, in_disorder=st.booleans())
+    def cut_broker(self, down_for: float, in_disorder: bool) -> None:
+        self._do(lambda world: world.cut_broker(down_for=down_for, in_disorder=in_disorder))
+
+    @invariant()
+    def holds(self) -> None:
+        if self.world is not None and self.world.violation is not None:
+            raise self.world.violation
+
+    def teardown(self) -> None:
+        try:
+            if self.world is not None and self.world.violation is None:
+                self.world.finish()
+        finally:
+            if self.world is not None:
+                self.world.close()
+            self._silence.__exit__(None, None, None)
+
+
+TestConsumers = Consumers.TestCase
+TestConsumers.settings = settings(
+    max_examples=150, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck]
+)
+
+
+def _told(found: Any) -> str:
+    return "" if found is None else f"seed {found.seed}: {found.violation}\n" + "\n".join(found.violation.__notes__)
