@@ -325,6 +325,11 @@ WRONG: Mapping[str, tuple[Callable[[Evidence], Evidence], str, str]] = {
         "content",
         "published, but it was",
     ),
+    "an event is published as another aggregate's": (
+        with_message(A1, 1200, key=("account", "a9")),
+        "content",
+        "account/a9 number 1200 (token a1-1200, message id of a1-1200) was published, but it was",
+    ),
     "an effect has another message id than the message": (
         with_effect(A1, 12, message_id="other"),
         "message id",
@@ -371,7 +376,7 @@ WRONG: Mapping[str, tuple[Callable[[Evidence], Evidence], str, str]] = {
     "a process eats memory": (growing(rss=200 * MB), "growth", "relay-1 (pid 4711): rss in MB grew from"),
     "a process leaks descriptors": (growing(descriptors=60), "growth", "descriptors grew from 43 in the first quarter"),
     "a process leaks connections": (growing(connections=30), "growth", "connections grew from"),
-    "a process leaks tasks": (growing(tasks=40), "growth", "tasks grew from"),
+    "a process leaks tasks": (growing(tasks=90), "growth", "tasks grew from"),
     "a process takes too much memory for a moment": (spiking(rss=600 * MB), "growth", "rss in MB reached 600"),
     "a process opens too much for a moment": (spiking(descriptors=999), "growth", "descriptors reached 999"),
     "a daemon complains": (complaining, "complaints", "relay-1: Task exception was never retrieved"),
@@ -450,6 +455,21 @@ def test_a_run_that_could_not_have_shown_anything_is_inconclusive(what: str) -> 
 
 def test_a_violation_outweighs_a_doubt() -> None:
     assert verdict(with_fault(0, bites=0)(without_effect(A1, 12)(GOOD))).outcome == "failed"
+
+
+def test_two_causes_are_two_findings() -> None:
+    """A number that was given to two events, each of which was then applied."""
+    twelve = {"a1-13": 12}
+    judged = verdict(
+        replace(
+            GOOD,
+            committed=[replace(c, seq=twelve.get(c.token, c.seq)) for c in GOOD.committed],
+            effects=[replace(e, seq=twelve.get(e.token, e.seq)) for e in GOOD.effects],
+            witnessed=[replace(w, seq=twelve.get(w.token, w.seq)) for w in GOOD.witnessed],
+        )
+    )
+    assert found(judged) == {"exactly one effect": 1, "numbers": 1}
+    assert "and so was token a1-12 under that number" in examples(judged)[0]
 
 
 def test_an_example_names_the_fault_that_was_on() -> None:
@@ -544,6 +564,17 @@ def test_latencies_that_another_fault_explains_are_not_held_against_a_confined_o
     judged = verdict(disturbed)
     assert judged.outcome == "passed"
     assert next(check.examined for check in judged.checks if check.name == "fairness") == 0
+
+
+def test_latencies_right_beside_another_fault_are_not_held_against_a_confined_one() -> None:
+    beside = with_fault(1, begun=BEGAN + 57, healed=BEGAN + 59.5)(with_latency(60, 61.4, 3, A1, A2)(GOOD))
+    assert verdict(beside).outcome == "passed"
+
+
+def test_others_may_be_as_slow_as_they_are_at_their_slowest_in_quiet_times() -> None:
+    slow_at_times = with_latency(80, 84, 2)(GOOD)
+    assert verdict(with_latency(60, 70, 3, A1, A2)(slow_at_times)).outcome == "passed"
+    assert found(verdict(with_latency(60, 70, 4.5, A1, A2)(slow_at_times))) == {"fairness": 1}
 
 
 def test_a_confined_fault_may_hold_up_its_own_type() -> None:

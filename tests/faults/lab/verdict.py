@@ -73,7 +73,7 @@ class Verdict:
 class Allowance:
     """How much of one resource a daemon may use."""
 
-    growth: int  # the last quarter of its life (median) over the first (maximum): more is a leak
+    growth: int  # the last quarter of its life (minimum) over the first (maximum): more is a leak
     most: int  # at any time
 
 
@@ -94,5 +94,5 @@ class Limits:
     lifetime_s: float = 60.0  # of a process, before its growth is judged
     descriptors: Allowance = Allowance(growth=16, most=256)
     connections: Allowance = Allowance(growth=8, most=64)
-    tasks: Allowance = Allowance(growth=10, most=1000)  # a page in flight has a task for each of its 200 messages
+    tasks: Allowance = Allowance(growth=30, most=1000)  # a standby has 4, an idle owner 22; each message in flight is one
     rss: Allowance = Allowance(growth=64 * MB, most=512 * MB)
