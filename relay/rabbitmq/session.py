@@ -67,7 +67,10 @@ class Session(aio_pika.Connection):
 
     @property
     def closing(self) -> asyncio.Future[Any]:
-        """Done when the connection has ended; may carry CancelledError as its exception (the heartbeat died)."""
+        """Done when the connection has ended; may carry CancelledError as its exception (the heartbeat died).
+
+        Look once and keep it: aiormq makes a new future for each look, and lets go of none before the connection ends.
+        """
         if self.transport is None:
             raise BrokerUnavailable("the connection was never opened")
         return self.transport.connection.closing
