@@ -337,11 +337,23 @@ class Work:
         reached(Point.ROWS_HELD)
         for arrival in other:
             self._conflict(arrival)
+        await self._try_instead(other)
         refused = {a.name for a in (*same, *other)}
         self._tally.add("duplicates", len(same))
         for hold in holds:
             if hold.arrival.name not in refused:
                 self._count(hold)
+
+    async def _try_instead(self, refused: Sequence[Arrival]) -> None:
+        """An arrival failed, and other content is held under its number: then that is next, and would only wait."""
+        names = {arrival.name for arrival in refused}
+        blocked = {
+            key: line.cursor
+            for key, line in self._lines.items()
+            if line.cursor.blocked and any(a.name in names and reason == "failed" for a, reason in line.left())
+        }
+        if blocked and await self._store.make_successors_due(blocked):
+            self.leaves_due = True
 
     def _as_hold(self, arrival: Arrival, reason: Reason) -> Hold:
         if reason != "failed":

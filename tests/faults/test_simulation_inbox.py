@@ -45,6 +45,27 @@ def test_inbox_seed_is_played_again() -> None:
         print(journal_of(replay(play, int(os.environ["RELAY_SIMULATION_SEED"]))))
 
 
+def test_where_an_event_fails_what_is_held_under_its_number_is_tried_at_once_not_at_the_next_sweep() -> None:
+    """Found by the explorer: a contradiction was held early; the original failed, was put into quarantine, and nobody tried either."""
+    with simulated():
+        world = InboxWorld(1, SETTINGS[0], consumers=1)
+        try:
+            world.run(0.5)
+            world.send("order", "a", lost=True)
+            world.send("order", "a", lost=True)
+            world.contradict("order", "a", 2)
+            world.run(0.5)
+            world.upset("order", "a", 2, "raises")
+            world.repair()
+            world.run(0.5)
+            world.soothe()
+            world.run(1.0)
+            assert world.applied == {("order", "a"): [1, 2]}
+            world.finish()
+        finally:
+            world.close()
+
+
 @pytest.mark.parametrize("mutant", INBOX, ids=lambda mutant: mutant.__name__)
 def test_an_inbox_that_is_broken_on_purpose_is_found_out(mutant: Mutant) -> None:
     with mutant():
