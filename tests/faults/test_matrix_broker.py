@@ -36,6 +36,7 @@ async def test_without_its_exchange_a_relay_that_may_not_declare_waits_says_so_a
         await insert(db, "order/1", count=3)
         await program.says("BrokerRefused", "the exchange 'relay.events' does not exist", times=3)
         cursor = await db.fetchrow("SELECT published, last_error FROM relay.outbox_cursor")
+        assert cursor is not None
         assert cursor["published"] == 0
         assert "the exchange 'relay.events' does not exist" in cursor["last_error"]
         async with audit(broker) as witness:  # declares it
@@ -69,12 +70,8 @@ async def test_what_the_broker_drops_after_its_confirm_is_missed_and_healed(
         marks = await channel.declare_exchange("relay.events.marks", aio_pika.ExchangeType.TOPIC, durable=True)
         await declared.bind(marks, "#")
     pair.with_inbox(rabbitmq__declare_topology=False)
-    await asyncio.to_thread(
-        rabbitmq.management().request,
-        "PUT",
-        f"/api/policies/{vhost}/lossy",
-        {"pattern": "^billing$", "definition": policy, "apply-to": "queues"},
-    )
+    definition: dict[str, object] = {"pattern": "^billing$", "definition": policy, "apply-to": "queues"}
+    await asyncio.to_thread(rabbitmq.management().request, "PUT", f"/api/policies/{vhost}/lossy", definition)
     for n in range(5):
         await pair.emit(f"order/{n}", 2)
     await pair.publish()

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
@@ -58,7 +59,7 @@ async def test_the_hour_that_comes_twice_neither_delays_a_retry_nor_takes_the_le
             count += 1
             await witness.wait_for_distinct(count)
             await until(
-                lambda n=count: has_attempts(db, n - 1), timeout_s=10, every_s=0.1
+                partial(has_attempts, db, count - 1), timeout_s=10, every_s=0.1
             )  # so it logs something each second
         retries_s = (time.monotonic() - began) / (count - 1)
         assert await db.fetchval("SELECT epoch FROM relay.outbox_cursor") == 1, "the session ended"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import aio_pika
@@ -57,8 +59,9 @@ async def test_only_what_is_routed_to_the_full_queue_waits(database: str, broker
     """Row 9."""
     settings = settings_for(database, broker, outbox__retry_first_s=0.2, outbox__retry_max_s=0.2)
     async with audit(broker, "order.#") as witness, connected(database) as db:
-        arguments = {"x-max-length": 3, "x-overflow": "reject-publish"}
-        small = await witness.channel.declare_queue("small", durable=True, arguments=arguments)
+        small = await witness.channel.declare_queue(
+            "small", durable=True, arguments={"x-max-length": 3, "x-overflow": "reject-publish"}
+        )
         await small.bind(witness.exchange, "full.#")
         async with outbox_running(settings) as outbox:
             progress = await shard_of(outbox)
@@ -116,5 +119,7 @@ async def test_an_exchange_that_was_declared_otherwise_is_waited_for_with_back_o
     print(f"row 11: 4 sessions in {took_s:.1f} s; published {recovered_s:.2f} s after it was healed")
 
 
-async def failures(logged: list[object], count: int) -> bool:
-    return sum(isinstance(line, dict) and line["event"] == "session_failed" for line in logged) >= count
+async def failures(logged: Sequence[Any], count: int) -> bool:
+    """Whether so many sessions have failed."""
+    failed = [line for line in logged if line["event"] == "session_failed"]
+    return len(failed) >= count
