@@ -56,8 +56,8 @@ class Publisher(Protocol):
         """Publish in order, pipelined, persistent and mandatory; return the outcome of each, in the same order.
 
         Never raises for the broker's or the network's sake: a message without an answer is `Unknown`, and then
-        `lost` is set and every later call returns only `Unknown`. The ids of all that is being published must be distinct: within one call, and between calls at
-        the same time.
+        `lost` is set and every later call returns only `Unknown`. The ids of all that is being published must be
+        distinct: within one call, and between calls at the same time.
         Ends within the confirm time-out, whatever the broker does. Safe to cancel: cancelling destroys the session.
         """
         ...
