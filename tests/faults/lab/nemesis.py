@@ -2,7 +2,8 @@
 
 All kinds are dealt like a deck of cards, shuffled anew each time it is through, so that none is forgotten; between two
 beginnings passes a random time (a Poisson process). Two faults overlap only if they break different things: what a fault
-did could not be told otherwise.
+did could not be told otherwise. Before some of them everybody is given time to recover, so that their own recovery, and what it
+is like without any fault, can be measured.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from dataclasses import dataclass, field
 from tests.faults.lab.evidence import Struck
 from tests.faults.lab.fault import Fault
 from tests.faults.lab.profile import Profile
+from tests.faults.lab.sampler import LOOK_S
 from tests.faults.lab.stage import Stage
 
 LONGEST_S = 120.0
 """A fault that is not over by then has failed: it is cancelled, and heals on its way out."""
+
+CALM_S = 40.0
+ATTEMPTS = 3
+"""What has not bitten is tried again: between two restarts there may be nothing to bite. The third time the run is inconclusive."""
 
 Tell = Callable[[str], None]
 
@@ -45,6 +51,8 @@ class Nemesis:
             for number, fault in enumerate(_deck(self.faults, dice)):
                 if number >= len(self.faults) and clock() >= until:
                     break
+                if dice.random() < self.profile.alone:
+                    await self._calm()
                 await self._room_for(fault)
                 task = asyncio.create_task(self._strike(fault, random.Random(f"{self.seed} {number} {fault.kind}")))
                 self._running[task] = fault
@@ -61,6 +69,17 @@ class Nemesis:
         ):
             await self._ended(len(self._running) - 1)
 
+    async def _calm(self) -> None:
+        """No fault is on, and all that was committed by then is applied; no longer than CALM_S, the checker will tell."""
+        await self._ended(0)
+        await asyncio.sleep(2 * LOOK_S)  # two looks of the sampler
+        committed = self.stage.committed
+
+        async def caught_up() -> bool:
+            return self.stage.applied >= committed
+
+        await self.stage.until(caught_up, timeout_s=CALM_S)
+
     async def _ended(self, left: int) -> None:
         """Wait until at most so many are going on."""
         while len(self._running) > left:
@@ -71,14 +90,14 @@ class Nemesis:
 
     async def _strike(self, fault: Fault, dice: random.Random) -> None:
         begun = time.time()
-        self.stage.history.record("fault_begun", kind=fault.kind)
         self.tell(f"+ {fault.kind}")
         bites, failure = 0, None
-        try:
-            async with asyncio.timeout(LONGEST_S):
-                bites = await fault.act(self.stage, dice)
-        except Exception as exc:  # noqa: BLE001 - whatever it is: the run proves nothing about this fault
-            failure = f"{type(exc).__name__}: {exc}"
+        for attempt in range(ATTEMPTS):
+            self.stage.history.record("fault_begun", kind=fault.kind, attempt=attempt)
+            bites, failure = await self._attempt(fault, dice)
+            self.stage.history.record("fault_healed", kind=fault.kind, bites=bites, failure=failure)
+            if bites:
+                break
         healed = time.time()
         self.struck.append(
             Struck(
@@ -90,9 +109,16 @@ class Nemesis:
                 failure=failure,
             )
         )
-        self.stage.history.record("fault_healed", kind=fault.kind, bites=bites, failure=failure)
         outcome = f"bitten {bites} times" if bites else f"NOT BITTEN {failure or ''}"
         self.tell(f"- {fault.kind}: {healed - begun:.1f} s, {outcome}")
+
+    async def _attempt(self, fault: Fault, dice: random.Random) -> tuple[int, str | None]:
+        """(bites, why it could not be injected)."""
+        try:
+            async with asyncio.timeout(LONGEST_S):
+                return await fault.act(self.stage, dice), None
+        except Exception as exc:  # noqa: BLE001 - whatever it is: the run proves nothing about this fault
+            return 0, f"{type(exc).__name__}: {exc}"
 
 
 def _deck(faults: Sequence[Fault], dice: random.Random) -> Iterator[Fault]:

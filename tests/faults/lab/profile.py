@@ -15,6 +15,7 @@ class Profile:
     producers: int
     gap_s: float  # mean time between the beginnings of two faults
     at_once: int  # faults at the same time
+    alone: float  # share of the faults before which everybody is given time to recover
     kinds_needed: int  # different kinds of fault that must have bitten
     quiet_s: float = 10.0  # load without faults, before and after
     settle_s: float = 90.0  # longest time from the end of the load until everything is applied
@@ -23,13 +24,40 @@ class Profile:
 
 PROFILES = {
     "smoke": Profile(
-        name="smoke", seconds=0, rate=150, producers=4, gap_s=1.5, at_once=2, kinds_needed=12, quiet_s=4, smoke=True
+        name="smoke",
+        seconds=0,
+        rate=150,
+        producers=4,
+        gap_s=1,
+        at_once=2,
+        alone=0.3,
+        kinds_needed=12,
+        quiet_s=4,
+        smoke=True,
     ),
     "standard": Profile(
-        name="standard", seconds=30 * 60, rate=150, producers=6, gap_s=8, at_once=2, kinds_needed=25, quiet_s=20
+        name="standard",
+        seconds=30 * 60,
+        rate=150,
+        producers=6,
+        gap_s=4,
+        at_once=2,
+        alone=0.6,
+        kinds_needed=25,
+        quiet_s=20,
     ),
     "soak": Profile(
-        name="soak", seconds=8 * 3600, rate=100, producers=6, gap_s=15, at_once=2, kinds_needed=25, quiet_s=60
+        name="soak",
+        seconds=8 * 3600,
+        rate=100,
+        producers=6,
+        gap_s=10,
+        at_once=2,
+        alone=0.6,
+        kinds_needed=25,
+        quiet_s=60,
     ),
-    "custom": Profile(name="custom", seconds=0, rate=150, producers=4, gap_s=1.5, at_once=1, kinds_needed=1, quiet_s=3),
+    "custom": Profile(
+        name="custom", seconds=0, rate=150, producers=4, gap_s=1, at_once=1, alone=1, kinds_needed=1, quiet_s=3
+    ),
 }
