@@ -506,6 +506,16 @@ def test_a_spike_within_the_bounds_is_no_leak() -> None:
     assert verdict(spiking(rss=300 * MB, descriptors=100, connections=20, tasks=300)(GOOD)).outcome == "passed"
 
 
+def test_a_process_that_comes_down_again_has_no_leak() -> None:
+    """Busy during its last quarter, but for one moment."""
+
+    def process(i: int) -> Process:
+        busy = i > 80 and i != 99
+        return Process(pid=4711, rss=(300 if busy else 90) * MB, descriptors=100 if busy else 30, connections=6)
+
+    assert verdict(replace(GOOD, samples=samples(process))).outcome == "passed"
+
+
 def test_the_growth_of_a_process_that_lived_too_short_is_not_judged() -> None:
     def process(i: int) -> Process:
         return Process(pid=i // 45, rss=(90 + 5 * (i % 45)) * MB, descriptors=30 + i % 45, connections=6)
