@@ -4,7 +4,7 @@
 # missing (with apt-get, as root or through sudo), PostgreSQL comes with the environment.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv servers test demo check bench manifest clean
+.PHONY: help venv servers test demo faults check bench manifest clean
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python
@@ -40,6 +40,10 @@ test: venv servers  ## run the tests against real, throwaway servers
 
 demo: venv servers  ## show the whole system at work, with faults
 	@$(BIN)/relay demo
+
+PROFILE ?= smoke
+faults: venv servers  ## break everything on purpose and check: PROFILE=smoke|standard|soak, SEED=n, POSTGRES=15|18
+	@$(PYTHON) -m tests.faults $(PROFILE) $(if $(SEED),--seed $(SEED)) $(if $(POSTGRES),--postgres $(POSTGRES)) $(if $(OUT),--out $(OUT))
 
 check: venv  ## lint, format, types, import rules
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs Debian's rabbitmq-server as root, without letting the package start its service: the sandbox starts its own
-# broker; PgBouncer, for the tests of pooled connections; and psql, for the test of a service that has nothing else.
+# broker; PgBouncer, for the tests of pooled connections; psql, for the test of a service that has nothing else; and libfaketime,
+# for the faults of clocks.
 # invoke-rc.d(8) asks /usr/sbin/policy-rc.d; exit code 101 means "do not". An existing policy is left alone.
 set -eu
 
@@ -14,4 +15,4 @@ fi
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get -o DPkg::Lock::Timeout=300 update
-apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends rabbitmq-server pgbouncer postgresql-client
+apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends rabbitmq-server pgbouncer postgresql-client faketime

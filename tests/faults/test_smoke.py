@@ -1,0 +1,31 @@
+"""The fault laboratory's smoke profile: the whole system on servers of its own, every fault that is quick, and the checker's verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relay.errors import SandboxError
+from relay.sandbox.postgres_binaries import find_postgres_binaries
+from tests.faults.lab.profile import PROFILES
+from tests.faults.lab.run import Options, run
+
+SEED = 4
+
+
+def _is_here(version: str) -> bool:
+    try:
+        find_postgres_binaries(version)
+    except SandboxError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(420)  # on an idle machine it is over in two minutes
+@pytest.mark.parametrize("version", ["15", "18"])
+async def test_nothing_is_lost_doubled_or_swapped_whatever_breaks(version: str, tmp_path: Path) -> None:
+    if not _is_here(version):
+        pytest.skip(f"PostgreSQL {version} is not on this machine")
+    result = await run(Options(profile=PROFILES["smoke"], seed=SEED, postgres=version, folder=tmp_path), print)
+    assert result.verdict.outcome == "passed", result.text
