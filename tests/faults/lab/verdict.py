@@ -94,5 +94,6 @@ class Limits:
     lifetime_s: float = 60.0  # of a process, before its growth is judged
     descriptors: Allowance = Allowance(growth=16, most=256)
     connections: Allowance = Allowance(growth=8, most=64)
-    tasks: Allowance = Allowance(growth=30, most=1000)  # a standby has 4, an idle owner 22; each message in flight is one
+    # A standby has 4, an idle owner 22; each message in flight is one.
+    tasks: Allowance = Allowance(growth=30, most=1000)
     rss: Allowance = Allowance(growth=64 * MB, most=512 * MB)
