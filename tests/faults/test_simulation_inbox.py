@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.faults.simulation.connection import FATES
 from tests.faults.simulation.explorer import explore, replay, simulated
-from tests.faults.simulation.inbox_schedules import NAMES, SETTINGS, journal_of, play
+from tests.faults.simulation.inbox_schedules import NAMES, SETTINGS, play
 from tests.faults.simulation.inbox_world import KINDS, MOODS, InboxWorld
 from tests.faults.simulation.mutants import INBOX, Mutant
+from tests.faults.simulation.violation import told
 
 SCHEDULES = 9_000
 WITHIN = 1_000
@@ -42,7 +43,7 @@ def test_nine_thousand_schedules_give_each_event_its_effect_once_and_in_order() 
 @pytest.mark.skipif("RELAY_SIMULATION_SEED" not in os.environ, reason="plays the schedule that a failure has named")
 def test_inbox_seed_is_played_again() -> None:
     with simulated():
-        print(journal_of(replay(play, int(os.environ["RELAY_SIMULATION_SEED"]))))
+        print(told(replay(play, int(os.environ["RELAY_SIMULATION_SEED"])).journal))
 
 
 def test_where_an_event_fails_what_is_held_under_its_number_is_tried_at_once_not_at_the_next_sweep() -> None:
@@ -81,14 +82,14 @@ def test_the_same_seed_is_the_same_run() -> None:
 
 def test_the_schedules_do_what_their_names_say() -> None:
     """Faults that never strike would prove nothing."""
-    told: dict[str, int] = {}
+    acts: dict[str, int] = {}
     with simulated():
         for seed in range(400):
             for entry in replay(play, seed).journal:
-                told[entry[1]] = told.get(entry[1], 0) + 1
+                acts[entry[1]] = acts.get(entry[1], 0) + 1
     faults = {"kill", "strike", "broker down", "shuffle", "handler", "soothe", "lost", "repair", "again"}
     faults |= {"contradiction", "tombstone", "effect"}
-    assert {name for name in faults if told.get(name, 0) < 20} == set(), told
+    assert {name for name in faults if acts.get(name, 0) < 20} == set(), acts
 
 
 class Consumers(RuleBasedStateMachine):

@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.faults.simulation.connection import FATES
 from tests.faults.simulation.explorer import explore, replay, simulated
 from tests.faults.simulation.mutants import OUTBOX, Mutant
-from tests.faults.simulation.outbox_schedules import NAMES, PRODUCERS, SETTINGS, journal_of, play
+from tests.faults.simulation.outbox_schedules import NAMES, PRODUCERS, SETTINGS, play
 from tests.faults.simulation.outbox_world import World
+from tests.faults.simulation.violation import told
 
 SCHEDULES = 11_000
 WITHIN = 1_500
@@ -42,7 +43,7 @@ def test_eleven_thousand_schedules_lose_nothing_keep_the_order_and_heal() -> Non
 @pytest.mark.skipif("RELAY_SIMULATION_SEED" not in os.environ, reason="plays the schedule that a failure has named")
 def test_outbox_seed_is_played_again() -> None:
     with simulated():
-        print(journal_of(replay(play, int(os.environ["RELAY_SIMULATION_SEED"]))))
+        print(told(replay(play, int(os.environ["RELAY_SIMULATION_SEED"])).journal))
 
 
 @pytest.mark.parametrize("mutant", OUTBOX, ids=lambda mutant: mutant.__name__)
@@ -60,14 +61,14 @@ def test_the_same_seed_is_the_same_run() -> None:
 
 def test_the_schedules_do_what_their_names_say() -> None:
     """Faults that never strike would prove nothing."""
-    told: dict[str, int] = {}
+    acts: dict[str, int] = {}
     with simulated():
         for seed in range(400):
             for entry in replay(play, seed).journal:
-                told[entry[1]] = told.get(entry[1], 0) + 1
+                acts[entry[1]] = acts.get(entry[1], 0) + 1
     faults = {"kill", "strike", "lose lease", "broker down", "broker blocked", "nack", "unbound", "full", "hanging"}
     faults |= {"poison", "pause", "resume", "roll back", "arrived", "written"}
-    assert {name for name in faults if told.get(name, 0) < 20} == set(), told
+    assert {name for name in faults if acts.get(name, 0) < 20} == set(), acts
 
 
 class Outbox(RuleBasedStateMachine):

@@ -6,7 +6,8 @@ import asyncio
 import heapq
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from typing import Any, TypeVar
 
@@ -81,13 +82,20 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """Called by asyncio; a cancelled timer is left where it is, and passed over."""
 
-    def run_until(self, deadline: float) -> None:
-        """Run everything that happens up to this moment."""
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Within it, this is the running loop: tasks can be created."""
+        before = events._get_running_loop()
         events._set_running_loop(self)
         try:
-            self._run_until(deadline)
+            yield
         finally:
-            events._set_running_loop(None)
+            events._set_running_loop(before)
+
+    def run_until(self, deadline: float) -> None:
+        """Run everything that happens up to this moment."""
+        with self.current():
+            self._run_until(deadline)
         self._now = max(self._now, deadline)
 
     def _run_until(self, deadline: float) -> None:
@@ -113,18 +121,3 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                         ready.append(timer)
                 elif not timer.done():
                     timer.set_result(None)
-
-    def run(self, main: Coroutine[Any, Any, _T], *, within: float = 60.0) -> _T:
-        """Run a coroutine to its end. Raises Violation when that takes longer than `within`, by the virtual clock."""
-        events._set_running_loop(self)
-        try:
-            task = self.create_task(main)
-        finally:
-            events._set_running_loop(None)
-        self.run_until(self._now)
-        deadline = self._now + within
-        while not task.done():
-            if self._now >= deadline:
-                raise Violation(f"it takes longer than {within:g} s")
-            self.run_until(self._now + 0.05)
-        return task.result()

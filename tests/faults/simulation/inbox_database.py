@@ -326,10 +326,23 @@ class InboxDatabase(Server):
                 continue
             taken.add(_identity(event))
             at = None if row["delay"] is None else self._now() + row["delay"]
-            held = HeldRow(self._id(), event, row["reason"], row["state"], row["attempts"], at)
+            held = HeldRow(self._id(), event, self._reason(session, row, rows), row["state"], row["attempts"], at)
             self.write(session, "held", held.id, held)
             found.append({name: event[name] for name in _NAME})
         return found
+
+    def _reason(self, session: Session, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+        """Behind a hole a message is early, whatever is wrong before the hole."""
+        reason: str = row["reason"]
+        key = (row["source"], row["aggregate_type"], row["aggregate_id"])
+        before = {r["seq"] for r in rows if (r["source"], r["aggregate_type"], r["aggregate_id"]) == key}
+        if (
+            reason == "behind"
+            and row["state"] == "waiting"
+            and row["seq"] - 1 not in before | {*self._line(session, key)}
+        ):
+            return "early"
+        return reason
 
     async def _replace_held(
         self,

@@ -7,7 +7,7 @@ import random
 from relay.settings import Settings
 from tests.faults.simulation.connection import FATES
 from tests.faults.simulation.inbox_world import KINDS, MOODS, InboxWorld, settings_for
-from tests.faults.simulation.outbox_schedules import journal_of
+from tests.faults.simulation.violation import told
 
 NAMES = ("a", "b")
 _PAUSES_S = (0.0, 0.0, 0.0, 0.002, 0.01, 0.05, 0.3)
@@ -31,7 +31,7 @@ def play(seed: int) -> InboxWorld:
                 world.run(pause)
         world.finish()
     except BaseException as exc:
-        exc.add_note(journal_of(world))
+        exc.add_note(told(world.journal))
         raise
     finally:
         world.close()

@@ -49,7 +49,12 @@ _SOURCE = "shop"
 
 def settings_for(**inbox: Any) -> Settings:
     """Settings with short delays."""
-    given = {"retry_first_s": 0.1, "retry_max_s": 0.5, "handler_timeout_s": 0.5, "max_attempts": 1_000_000}
+    given: dict[str, Any] = {
+        "retry_first_s": 0.1,
+        "retry_max_s": 0.5,
+        "handler_timeout_s": 0.5,
+        "max_attempts": 1_000_000,
+    }
     given |= {"policies": KINDS, "batch": 100, "prefetch": 100}
     return Settings(
         inbox=InboxSettings.model_validate(given | inbox),
@@ -142,7 +147,7 @@ class InboxWorld:
 
     def __init__(self, seed: int, settings: Settings, *, consumers: int = 1) -> None:
         self.settings = settings
-        self.loop = VirtualLoop()
+        self.loop = VirtualLoop()  # type: ignore[abstract]
         self.dice = random.Random(seed)
         self.database = InboxDatabase(self.loop, self.dice)
         self.database.before_commit = self._check_commit
@@ -237,8 +242,8 @@ class InboxWorld:
             tx.terminate()
         if mood == "collides" and self.dice.random() < 0.7:
             raise asyncpg.SerializationError("could not serialize access")
-        if mood == "swallows an error" and isinstance(tx, Connection) and tx.session.tx is not None:
-            tx.session.tx.is_aborted = True
+        if mood == "swallows an error":
+            cast("Any", tx).session.tx.is_aborted = True
             return
         await tx.execute(EFFECT, event)
         if mood == "raises late":
@@ -349,14 +354,10 @@ class InboxWorld:
     def _start(self, position: int) -> Process:
         self._started += 1
         process = Process(f"consumer-{self._started}", self.dice)
-        running = asyncio.events._get_running_loop()
-        asyncio.events._set_running_loop(self.loop)
-        try:
+        with self.loop.current():
             daemon = ModelledDaemon(self.inbox, self.settings, asyncio.Event(), lambda _: None)
             daemon.world, daemon.process = self, process
             process.main = self.loop.create_task(self._consumer(daemon, process))
-        finally:
-            asyncio.events._set_running_loop(running)
         process.main.add_done_callback(lambda task: self._ended(position, process, task))
         return process
 

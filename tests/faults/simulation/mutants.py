@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import relay.outbox.retry
@@ -89,7 +89,7 @@ def id_after_cursor() -> Any:
         db: OutboxDatabase = connection._server
         after = max(getattr(self, "last_id", db.cursor.high_id), position.after_id)
         page = await reads(self, Position(position.snapshot), page_rows=page_rows)
-        new = [to_row(row.record) for row in db.log if row.id > after]
+        new = [to_row(cast("Any", row.record)) for row in db.log if row.id > after]
         rows = new[: page_rows or self._page_rows]
         if rows:
             self.last_id = rows[-1].id  # type: ignore[attr-defined]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from relay.settings import Settings
 from tests.faults.simulation.connection import FATES
 from tests.faults.simulation.outbox_world import World, settings_for
+from tests.faults.simulation.violation import told
 
 NAMES = ("a", "b", "c")
 PRODUCERS = 3
@@ -42,16 +42,11 @@ def play(seed: int) -> World:
                 world.run(pause)
         world.finish()
     except BaseException as exc:
-        exc.add_note(journal_of(world))
+        exc.add_note(told(world.journal))
         raise
     finally:
         world.close()
     return world
-
-
-def journal_of(world: Any) -> str:
-    """What happened, for people."""
-    return "\n".join(" ".join(map(str, entry)) for entry in world.journal[-60:])
 
 
 def _produce(world: World, dice: random.Random) -> None:

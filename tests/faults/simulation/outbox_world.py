@@ -91,7 +91,7 @@ class World:
 
     def __init__(self, seed: int, settings: Settings, *, relays: int = 1) -> None:
         self.settings = settings
-        self.loop = VirtualLoop()
+        self.loop = VirtualLoop()  # type: ignore[abstract]
         self.dice = random.Random(seed)
         self.database = OutboxDatabase(self.loop, self.dice)
         self.database.before_commit = self._check_write
@@ -298,13 +298,9 @@ class World:
     def _start(self, position: int) -> Process:
         self._started += 1
         process = Process(f"relay-{self._started}", self.dice)
-        events_loop = self.loop
-        asyncio.events._set_running_loop(events_loop)
-        try:
+        with self.loop.current():
             daemon = ModelledOutbox(self.settings, progress={0: Progress()}, world=self, process=process)
-            process.main = events_loop.create_task(self._relay(daemon, process))
-        finally:
-            asyncio.events._set_running_loop(None)
+            process.main = self.loop.create_task(self._relay(daemon, process))
         process.main.add_done_callback(lambda task: self._ended(position, process, task))
         return process
 
@@ -326,9 +322,7 @@ class World:
 
     def _restart(self, position: int) -> None:
         if self._started >= 0:
-            running = asyncio.events._get_running_loop()
             self.processes[position] = self._start(position)
-            asyncio.events._set_running_loop(running)
 
     # --- what must hold
 

@@ -118,7 +118,7 @@ class ModelPublisher:
         sent = len(messages)
         if fate is not None and fate.endswith("before"):
             sent = self._broker.dice.randint(0, len(messages))
-        if self._lost is not None:
+        if self._is_over():
             return
         if not at_once:
             await self._broker.loop.sleep(pause)
@@ -127,12 +127,15 @@ class ModelPublisher:
             await self._broker.loop.sleep(pause)
         if fate is not None:
             self._end_by(fate)
-        if self._lost is not None:
+        if self._is_over():
             return
         for position, answer in enumerate(given):
             answers[position] = answer
         if any(answer is None for answer in answers):
             await self._wait_in_vain(answers)
+
+    def _is_over(self) -> bool:
+        return self._lost is not None
 
     def _end_by(self, fate: str) -> None:
         if fate.startswith("kill"):
