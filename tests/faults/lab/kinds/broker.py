@@ -112,7 +112,7 @@ async def _alarm(
     before = stage.relay_amqp.seen["blocked"]
     try:
         await asyncio.to_thread(stage.broker.ctl, *limit, *alarming)
-        await _wait(stage, lambda: stage.relay_amqp.seen["blocked"] > before, timeout_s=5)
+        await _wait(stage, lambda: stage.relay_amqp.seen["blocked"] > before, timeout_s=12)
         await asyncio.sleep(dice.uniform(1, 7))  # sometimes longer than the relay waits for confirms
     finally:
         await asyncio.to_thread(stage.broker.ctl, *limit, *usual)
@@ -130,7 +130,7 @@ async def queue_full(stage: Stage, dice: random.Random) -> int:
     try:
         async with _nobody_consuming(stage):
             await _limit(stage, 20)
-            await _wait(stage, lambda: stage.relay_amqp.seen["nack"] > before, timeout_s=12)
+            await _wait(stage, lambda: stage.relay_amqp.seen["nack"] > before, timeout_s=20)
             await asyncio.sleep(dice.uniform(0.5, 2.5))
             nacks = stage.relay_amqp.seen["nack"] - before
     finally:
@@ -205,7 +205,7 @@ async def queue_purged(stage: Stage, dice: random.Random) -> int:
         async def filled() -> bool:
             return ((await channel.queue_declare(QUEUE, passive=True)).message_count or 0) >= wanted
 
-        await _wait(stage, filled, timeout_s=10)
+        await _wait(stage, filled, timeout_s=15)
         purged = (await channel.queue_purge(QUEUE)).message_count
     return purged or 0
 
@@ -240,7 +240,9 @@ async def account_unbound(stage: Stage, dice: random.Random) -> int:
     """
     (now,) = await stage.consumer_sql("SELECT clock_timestamp() AS at")
     async with _unbound(stage, AUDITED):
-        await asyncio.sleep(dice.uniform(0.5, 3))
+        published = stage.relay_amqp.seen["publish"]
+        await _wait(stage, lambda: stage.relay_amqp.seen["publish"] > published + 20, timeout_s=15)
+        await asyncio.sleep(dice.uniform(0, 2))
     most = 0
 
     async def missed() -> bool:
@@ -384,7 +386,7 @@ async def _at_work(stage: Stage) -> None:
             consuming = (await channel.queue_declare(QUEUE, passive=True)).consumer_count == len(stage.consumers)
         return consuming and stage.relay_amqp.seen["publish"] > before
 
-    await _require(stage, at_work, "relay and consumers are not at work", 20)
+    await _require(stage, at_work, "relay and consumers are not at work", 40)
 
 
 async def _wait(stage: Stage, condition: Callable[[], Awaitable[bool] | bool], *, timeout_s: float) -> bool:

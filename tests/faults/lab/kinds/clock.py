@@ -35,7 +35,12 @@ def library() -> Path | None:
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
-@fault("relay's clock jumps", rows=(33,), touches=("relay", "relay-amqp"), needs=lambda: library() is not None)
+@fault(
+    "relay's clock jumps",
+    rows=(33,),
+    touches=("relay", "relay-amqp", "relay-pg", "producer-db"),
+    needs=lambda: library() is not None,
+)
 async def relay_clock_jumps(stage: Stage, dice: random.Random) -> int:
     """The owner's. Bitten for each jump after which a mark was published with the wrong time."""
     faked = await stage.standby()
@@ -46,7 +51,12 @@ async def relay_clock_jumps(stage: Stage, dice: random.Random) -> int:
             return await _jump(stage, dice, set_clock, lambda: times, _nothing)
 
 
-@fault("consumer's clock jumps", rows=(33,), touches=("consumer", "consumer-amqp"), needs=lambda: library() is not None)
+@fault(
+    "consumer's clock jumps",
+    rows=(33,),
+    touches=("consumer", "consumer-amqp", "consumer-pg", "consumer-db"),
+    needs=lambda: library() is not None,
+)
 async def consumer_clock_jumps(stage: Stage, dice: random.Random) -> int:
     """Bitten for each jump after which it logged something with the wrong time; to make it log, its connections are closed."""
     faked = dice.choice(stage.consumers)

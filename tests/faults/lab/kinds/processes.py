@@ -18,13 +18,13 @@ from tests.faults.lab.fault import fault
 from tests.faults.lab.stage import Stage
 
 KILLED = -signal.SIGKILL
-TAKEOVER_S = 15.0
-AT_WORK_S = 15.0
+TAKEOVER_S = 30.0
+AT_WORK_S = 30.0
 """Until a daemon that was started a moment ago is at work."""
 GRACE_S = 20.0
 """The default of daemon.shutdown_grace_s, which the laboratory leaves alone."""
-GOODBYE_S = 4.0
-"""What ending a process takes besides: the interpreter, on a machine that is busy."""
+GOODBYE_S = 9.0
+"""What ending a process takes besides: the goodbyes to servers that are being broken at the same time, 2 to 3 s each."""
 HEARTBEATS_S = 16.0
 """A client that is silent for two to three heartbeats (5 s in the laboratory) is cut off by RabbitMQ."""
 RESTS_A_SECOND = 4
@@ -86,7 +86,7 @@ async def relay_frozen(stage: Stage, dice: random.Random) -> int:
     return stopped.count("T")
 
 
-@fault("zombie relay", rows=(15, 16), touches=("relay",), smoke=True)
+@fault("zombie relay", rows=(15, 16), touches=("relay", "relay-pg", "producer-db"), smoke=True)
 async def zombie_relay(stage: Stage, dice: random.Random) -> int:
     """The owner is frozen, its lock is taken from it, the standby takes over; then the frozen one goes on, not knowing.
 
