@@ -10,7 +10,7 @@ import asyncpg
 
 from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
 from relay.postgres.connect import PLANS, Connection, close, connect
-from relay.postgres.errors import postgres_errors
+from relay.postgres.errors import FAILURES, postgres_errors
 from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
@@ -125,7 +125,7 @@ class Database:
             return
         try:
             await transaction.rollback()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+        except FAILURES:
             self.discard()
 
     def _on_operate(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:

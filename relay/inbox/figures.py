@@ -6,12 +6,12 @@ import os
 import socket
 from collections.abc import Callable
 
-import asyncpg
 import structlog
 
 from relay.errors import RelayError
 from relay.inbox.stats import Stats
 from relay.postgres.connect import Connection
+from relay.postgres.errors import FAILURES
 from relay.postgres.queries import query
 
 log = structlog.get_logger()
@@ -66,6 +66,6 @@ class Figures:
         """`write`, but no failure of it is anybody's: what could not be written is told later."""
         try:
             await self.write(connection)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as exc:
+        except FAILURES as exc:
             log.warning("figures_not_written", consumer=self._consumer, error=type(exc).__name__)
             self._written_at = self._clock() + IDLE_INTERVAL_S

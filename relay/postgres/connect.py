@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 
 from relay.errors import PoolerError, PostgresRefused, PostgresUnavailable, SchemaError
-from relay.postgres.errors import postgres_errors
+from relay.postgres.errors import FAILURES, postgres_errors
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
 
@@ -89,7 +89,7 @@ async def close(connection: Connection) -> None:
     """Close within CLOSE_TIMEOUT_S, then cut. Never raises for the connection's sake."""
     try:
         await connection.close(timeout=CLOSE_TIMEOUT_S)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+    except FAILURES:
         connection.terminate()
 
 

@@ -10,6 +10,10 @@ import asyncpg
 
 from relay.errors import ConfigError, PostgresError, PostgresRefused, PostgresUnavailable, PrivilegeError, SchemaError
 
+FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+"""All that a statement may raise for the server's or the network's sake, for whoever goes on all the same. InternalClientError
+is asyncpg's word when a connection was cut in the middle of an exchange and is used before that is noticed."""
+
 _SCHEMA_STATES = {"3F000", "42P01", "42703", "42883"}  # no such schema, table, column, function
 _REFUSED_STATES = {"28000", "28P01", "3D000"}  # authorisation, password, no such database
 

@@ -14,7 +14,7 @@ import asyncpg
 
 from relay.errors import InputError, PostgresError
 from relay.postgres.connect import Connection
-from relay.postgres.errors import postgres_errors
+from relay.postgres.errors import FAILURES, postgres_errors
 from relay.producer.asyncpg import emit, emit_many
 from relay.producer.jsonl import BadLine, Line
 
@@ -79,7 +79,7 @@ async def insert_batch(connection: Connection, batch: list[Line], tally: Tally) 
 async def _roll_back(transaction: asyncpg.transaction.Transaction) -> None:
     try:
         await transaction.rollback()
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+    except FAILURES:
         return  # the connection is broken, and its end is a rollback as well; the first error tells more
 
 
