@@ -48,7 +48,7 @@ LONGEST_PAYLOAD = 7900
 """Bytes: nearly a page of the notification queue each."""
 
 
-@fault("outbox locked", rows=(38,), touches=("producer-db", "relay-pg"), smoke=True)
+@fault("outbox locked", rows=(38,), touches=("producer-db", "relay-pg"))
 async def outbox_locked(stage: Stage, dice: random.Random) -> int:
     """As VACUUM FULL would: producers and the reader wait, in half of the cases longer than the relay's command timeout."""
     seconds = dice.choice((dice.uniform(3, 7), dice.uniform(COMMAND_TIMEOUT_S + 1, COMMAND_TIMEOUT_S + 4)))
