@@ -43,6 +43,7 @@ FLAGS: dict[str, Any] = {
     "outbox__standby_interval_s": 0.05,
     "outbox__retry_first_s": 60,  # a parked row is tried when a test says so
     "outbox__retry_max_s": 60,
+    "outbox__repair": False,  # what a crash has lost must not be healed by what heals other losses
     "inbox__batch": 1,
     "inbox__prefetch": 10,
     "inbox__bindings": "account.#,lonely.#",
@@ -210,6 +211,10 @@ class Case:
         queue = InboxQueue(name="effects", bindings=("account.#",), delivery_limit=settings.inbox.delivery_limit)
         await ensure_queue(session, settings.rabbitmq, queue)
         await close(session)
+
+    def with_repair(self) -> None:
+        """What is missing is noticed soon, and answered for: the crash is in that."""
+        self.flags |= {"outbox__repair": True, "inbox__gap_alert_after_s": 0.1}
 
     async def route_all(self) -> None:
         """From here on somebody is bound for `lonely`."""
