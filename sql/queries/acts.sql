@@ -10,12 +10,13 @@ SELECT set_config('lock_timeout', $1, true)
 SELECT FROM relay.outbox_cursor ORDER BY shard FOR UPDATE
 
 -- name: notify_outbox
--- The daemon looks at pauses and parked rows at once, when the act commits.
-SELECT pg_notify('relay_outbox', 'operate')
+-- The daemon looks at pauses and parked rows at once, when the act commits. A hint: left out while the notification queue is
+-- half full, for with a full one the act could not commit; the daemon looks now and then in any case.
+SELECT pg_notify('relay_outbox', 'operate') WHERE pg_notification_queue_usage() < 0.5
 
 -- name: notify_inbox
--- $1 consumer
-SELECT pg_notify('relay_inbox_operate', left($1::text, 2000))
+-- As above. $1 consumer
+SELECT pg_notify('relay_inbox_operate', left($1::text, 2000)) WHERE pg_notification_queue_usage() < 0.5
 
 -- name: select_parked
 -- The parked rows that an act means. The filters on the cause ($6 to $9) speak of the row that holds its aggregate up (the head), the

@@ -24,7 +24,7 @@ WITH old AS MATERIALIZED (
   WHERE h.id = ANY (ARRAY(SELECT unordered.id FROM unordered))
   RETURNING h.id
 ), told AS (
-  SELECT pg_notify('relay_inbox_operate', $1) WHERE EXISTS (SELECT FROM released)
+  SELECT pg_notify('relay_inbox_operate', $1) WHERE EXISTS (SELECT FROM released) AND pg_notification_queue_usage() < 0.5  -- a hint
 ), hole AS (
   SELECT old.source, old.aggregate_type, old.aggregate_id, max(old.seq) - 1 AS to_seq
   FROM old

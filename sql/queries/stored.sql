@@ -64,6 +64,7 @@ UNION ALL
 SELECT NULL, aggregate_id, aggregate_type, source, consumer FROM walk WHERE n = $6::integer AND n > 0
 
 -- name: notify_stored
--- Only a hint, and one for a whole batch: a taker that sleeps looks.
+-- Only a hint, and one for a whole batch: a taker that sleeps looks. So it is left out where somebody else's listener lets the
+-- notification queue fill up: a transaction that notifies cannot commit once it is full.
 -- $1 consumer
-SELECT pg_notify('relay_inbox', $1)
+SELECT pg_notify('relay_inbox', $1) WHERE pg_notification_queue_usage() < 0.5

@@ -14,12 +14,17 @@ from structlog.testing import capture_logs
 
 from relay.daemon import Outbox
 from relay.errors import SandboxError
+from relay.inbox import Inbox
+from relay.operate.outbox_pauses import Pause
+from relay.operate.selection import Selection
 from relay.postgres.migrate import migrate
 from relay.sandbox import Postgres, SandboxPostgres
 from relay.sandbox.postgres_binaries import find_postgres_binaries
 from relay.settings import Settings
+from tests.harness.acts import act_on
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, shard_of, until, wait_until
+from tests.integration.inbox_harness import stream, world
 
 ROWS = 1000
 LEAST_SHARE = 0.5
@@ -194,6 +199,25 @@ async def test_a_relay_that_sleeps_when_the_queue_fills_up_gets_up_within_a_poll
                 await asyncio.sleep(0.1)  # longer than it takes a relay to fall asleep
         await wait_until(progress, lambda p, slept=progress.sleeps: p.sleeps > slept)  # type: ignore[misc]
     assert witness.sequences(first_only=False) == {"order/1": list(range(1, 12))}
+
+
+async def test_a_full_notification_queue_holds_up_neither_store_mode_nor_an_operator(
+    small_queue: SandboxPostgres, broker: str
+) -> None:
+    """Row 37. That takers and daemons are told at once is a hint: without room for it the work is done all the same."""
+    dsn = small_queue.create_database("store")
+    async with connected(dsn) as db:
+        await migrate(db)
+    async with world(dsn, broker, mode="store") as on, on.running(Inbox("shop")), notification_queue_full(dsn):
+        await on.publish(stream("1", 5))
+        await on.until(lambda total: total.received == 5)
+        stored = await on.db.fetch("SELECT seq FROM relay.inbox ORDER BY id")
+        assert [r["seq"] for r in stored] == [1, 2, 3, 4, 5]
+        assert await on.held() == []
+        await insert(on.db, "order/1")
+        done = await act_on(on.settings, Pause(Selection(aggregate="order/1")))
+        assert done.rows == 1
+        assert await on.db.fetchval("SELECT pg_notification_queue_usage()") > 0.9, "inconclusive: there was room"
 
 
 async def test_many_writers_at_once_are_all_published(database: str, postgres: Postgres, broker: str) -> None:
