@@ -7,6 +7,7 @@ Exit code 0: everything held, and every kind of fault was seen to bite. 1: somet
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from pathlib import Path
@@ -37,6 +38,8 @@ def main(profile: str, seed: int | None, postgres: str | None, kinds: str | None
         kinds=[kind.strip() for kind in kinds.split(",")] if kinds else (),
         folder=out,
     )
+    for library in ("aiormq", "aio_pika"):  # a connection that a fault cuts is worth no traceback
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     began = time.monotonic()
 
     def tell(words: str) -> None:

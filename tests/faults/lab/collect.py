@@ -24,7 +24,8 @@ WHERE o.shard = c.shard AND NOT relay.outbox_is_read(o.xid, o.id, c.snapshot, c.
 """
 _HELD = "SELECT count(*) FROM relay.inbox_held"
 _GAPS = "SELECT count(*) FROM relay.inbox_gap"
-_QUARANTINE = "SELECT count(*) FROM relay.inbox_quarantine WHERE (reason = 'conflict') = $1"
+# By content: what was quarantined and not acknowledged comes again, and is written down again.
+_QUARANTINE = "SELECT count(DISTINCT body) FROM relay.inbox_quarantine WHERE (reason = 'conflict') = $1"
 
 _COMPLAINT = re.compile(
     r"^Traceback |never retrieved|was never awaited|Task was destroyed|^Fatal Python|Segmentation fault"
