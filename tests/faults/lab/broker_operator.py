@@ -1,0 +1,90 @@
+"""What an operator of RabbitMQ has: a channel, the management API, the daemons' logs, and patience."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import aio_pika
+import aiormq.exceptions
+from aiormq.abc import AbstractChannel
+
+from relay.errors import SandboxError
+from tests.faults.lab.daemons import Daemon
+from tests.faults.lab.kinds.processes import frozen
+from tests.faults.lab.stage import Stage
+
+QUEUE = "effects"
+
+
+@asynccontextmanager
+async def channel_to(stage: Stage) -> AsyncIterator[AbstractChannel]:
+    """A channel straight to the broker: exact counts at once, where the management API's figures are seconds old."""
+    async with await aio_pika.connect(stage.broker.url(), timeout=10) as connection:
+        channel = await connection.channel(publisher_confirms=False)
+        yield await channel.get_underlay_channel()
+
+
+@asynccontextmanager
+async def nobody_consuming(stage: Stage) -> AsyncIterator[None]:
+    """Both consumers stand still: what they have not taken yet stays in the queue."""
+    await all_at_work(stage)
+    async with frozen(stage, *stage.consumers):
+        yield
+
+
+async def close_connections(stage: Stage, user: str) -> int:
+    """Close all connections of a broker's user; how many it had."""
+    path = f"/api/connections/username/{user}"
+    had = json.loads(await api(stage, "GET", path) or b"[]")
+    await api(stage, "DELETE", path)
+    return len(had)
+
+
+async def api(stage: Stage, method: str, path: str, body: dict[str, object] | None = None) -> bytes:
+    """The management API; nothing for what is not there."""
+    return await asyncio.to_thread(stage.broker.management().request, method, path, body, missing_is_fine=True)
+
+
+def log_marks(daemons: Sequence[Daemon]) -> list[int]:
+    """Where their logs end now."""
+    return [daemon.log_mark() for daemon in daemons]
+
+
+def count_logged(words: re.Pattern[str], daemons: Sequence[Daemon], marks: Sequence[int]) -> int:
+    """How often they have logged it since then."""
+    return sum(len(words.findall(d.log_since(mark))) for d, mark in zip(daemons, marks, strict=True))
+
+
+async def all_at_work(stage: Stage) -> None:
+    """Wait until the relay publishes and both consumers are on the queue: who is just connecting notices nothing."""
+    before = stage.relay_amqp.seen["publish"]
+
+    async def at_work() -> bool:
+        async with channel_to(stage) as channel:
+            consuming = (await channel.queue_declare(QUEUE, passive=True)).consumer_count == len(stage.consumers)
+        return consuming and stage.relay_amqp.seen["publish"] > before
+
+    await require(stage, at_work, "relay and consumers are not at work", 40)
+
+
+async def wait(stage: Stage, condition: Callable[[], Awaitable[bool] | bool], *, timeout_s: float) -> bool:
+    """As `Stage.until`; a broker that does not answer counts as not yet, too."""
+
+    async def asked() -> bool:
+        try:
+            found = condition()
+            return found if isinstance(found, bool) else await found
+        except (aiormq.exceptions.AMQPError, SandboxError):
+            return False
+
+    return await stage.until(asked, timeout_s=timeout_s)
+
+
+async def require(stage: Stage, condition: Callable[[], Awaitable[bool]], failure: str, timeout_s: float) -> None:
+    """`wait`, or TimeoutError."""
+    if not await wait(stage, condition, timeout_s=timeout_s):
+        raise TimeoutError(failure)
