@@ -66,8 +66,8 @@ def test_the_schedules_do_what_their_names_say() -> None:
         for seed in range(400):
             for entry in replay(play, seed).journal:
                 acts[entry[1]] = acts.get(entry[1], 0) + 1
-    faults = {"kill", "strike", "lose lease", "broker down", "broker blocked", "nack", "unbound", "full", "hanging"}
-    faults |= {"poison", "pause", "resume", "roll back", "arrived", "written"}
+    faults = {"kill", "struck", "lose lease", "broker down", "broker blocked", "nacked", "returned", "unanswered"}
+    faults |= {"closed", "pause", "resume", "roll back", "arrived", "written"}
     assert {name for name in faults if acts.get(name, 0) < 20} == set(), acts
 
 
@@ -173,7 +173,7 @@ class Outbox(RuleBasedStateMachine):
 
 TestOutbox = Outbox.TestCase
 TestOutbox.settings = settings(
-    max_examples=150, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck]
+    max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck]
 )
 
 

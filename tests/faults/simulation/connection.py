@@ -30,13 +30,17 @@ class Process:
         self.epoch = 0  # of the shard that it owns, or believes to own
         self.operations = 0
         self.fates: dict[int, Fate] = {}  # by the number of the operation
+        self.on_fate: Callable[[str, Fate], None] = lambda _name, _fate: None
         self.links: list[Connection | Any] = []
         self.main: asyncio.Task[None] | None = None
 
     def next_fate(self) -> Fate | None:
         """What happens to the operation that begins now."""
         self.operations += 1
-        return self.fates.pop(self.operations, None) if self.fates else None
+        if not self.fates or (fate := self.fates.pop(self.operations, None)) is None:
+            return None
+        self.on_fate(self.name, fate)
+        return fate
 
     def pause(self) -> tuple[bool, float]:
         """(whether an operation takes effect at once and the answer takes long, or the other way round; how long)."""

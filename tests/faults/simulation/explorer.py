@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import relay.daemon
 import relay.inbox.apply
@@ -31,6 +32,8 @@ _LOGGING: Sequence[Any] = (
     relay.inbox.work,
 )
 _COLLECT_AFTER = 250
+_NAPS_S: dict[str, Any] = {"_BACKOFF_FIRST_S": 0.005, "_BACKOFF_LAST_S": 0.05}
+"""Of a relay that is awake and idle: five times as long as it naps in life, and a third of the simulation's time is saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ def simulated() -> Iterator[None]:
     gc.freeze()
     gc.disable()
     try:
-        yield
+        with patch.multiple(relay.outbox.shard, **_NAPS_S):
+            yield
     finally:
         gc.enable()
         gc.unfreeze()

@@ -10,7 +10,7 @@ from tests.faults.simulation.inbox_world import KINDS, MOODS, InboxWorld, settin
 from tests.faults.simulation.violation import told
 
 NAMES = ("a", "b")
-_PAUSES_S = (0.0, 0.0, 0.0, 0.002, 0.01, 0.05, 0.3)
+_PAUSES_S = (0.0, 0.0, 0.002, 0.01, 0.05, 0.3)
 _ACTS = (3, 11)
 
 SETTINGS: tuple[Settings, ...] = (settings_for(), settings_for(batch=2, prefetch=4), settings_for(batch=1, prefetch=1))
@@ -22,6 +22,8 @@ def play(seed: int) -> InboxWorld:
     dice = random.Random(seed)
     world = InboxWorld(seed, dice.choice(SETTINGS), consumers=dice.choice((1, 2, 2)))
     try:
+        if dice.random() < 0.7:
+            world.run(0.2)
         for _ in range(dice.randint(*_ACTS)):
             if dice.random() < 0.7:
                 _send(world, dice)
@@ -29,6 +31,7 @@ def play(seed: int) -> InboxWorld:
                 _break(world, dice)
             if pause := dice.choice(_PAUSES_S):
                 world.run(pause)
+        world.run(dice.choice((0.0, 0.3, 1.0)))
         world.finish()
     except BaseException as exc:
         exc.add_note(told(world.journal))
@@ -69,6 +72,8 @@ def _break(world: InboxWorld, dice: random.Random) -> None:
             kind, name = dice.choice(_KINDS), dice.choice(NAMES)
             seq = dice.randint(1, world.sent.get((kind, name), 0) + 1)
             world.upset(kind, name, seq, dice.choice(MOODS))
+            if dice.random() < 0.75:
+                world.send(kind, name)
         case 8:
             world.soothe()
         case _:

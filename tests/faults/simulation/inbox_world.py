@@ -354,6 +354,7 @@ class InboxWorld:
     def _start(self, position: int) -> Process:
         self._started += 1
         process = Process(f"consumer-{self._started}", self.dice)
+        process.on_fate = lambda name, fate: self.note("struck", name, fate)
         with self.loop.current():
             daemon = ModelledDaemon(self.inbox, self.settings, asyncio.Event(), lambda _: None)
             daemon.world, daemon.process = self, process

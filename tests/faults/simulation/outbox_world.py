@@ -99,6 +99,7 @@ class World:
         self.broker = Broker(self.loop, self.dice)
         self.broker.on_arrival = self._check_arrival
         self.broker.on_confirmed = self._confirmed
+        self.broker.on_refusal = lambda place, seq, answer: self.note(answer, place[1], seq)
         self.journal: list[tuple[Any, ...]] = []
         self.producers: dict[int, ProducerTransaction] = {}
         self.unconfirmed: dict[
@@ -298,6 +299,7 @@ class World:
     def _start(self, position: int) -> Process:
         self._started += 1
         process = Process(f"relay-{self._started}", self.dice)
+        process.on_fate = lambda name, fate: self.note("struck", name, fate)
         with self.loop.current():
             daemon = ModelledOutbox(self.settings, progress={0: Progress()}, world=self, process=process)
             process.main = self.loop.create_task(self._relay(daemon, process))

@@ -45,6 +45,7 @@ class Broker:
         self.queue: list[Arrival] = []
         self.publishers: list[ModelPublisher] = []
         self.on_arrival: Callable[[Arrival, set[int]], None] = lambda _arrival, _refused: None
+        self.on_refusal: Callable[[Place, int, str], None] = lambda _place, _seq, _answer: None
         self.on_confirmed: Callable[[Message], None] = lambda _message: None
 
     async def open(self, process: Process) -> ModelPublisher:
@@ -164,12 +165,15 @@ class ModelPublisher:
             place, seq = _place(message)
             if (place, seq) in self._broker.poison:
                 self.cut("PRECONDITION_FAILED")
+                self._broker.on_refusal(place, seq, "closed")
                 self._message_at_fault = True
                 if len(messages) == 1:
                     answers[0] = Refused("refused", "PRECONDITION_FAILED")
                 return given
             answer, taken = self._broker_says(place)
             given.append(answer)
+            if not isinstance(answer, Confirmed):
+                self._broker.on_refusal(place, seq, "unanswered" if answer is None else type(answer).__name__.lower())
             if taken:
                 arrival = Arrival(self._broker.loop.time(), self._process.name, message.message_id, place, seq)
                 self._broker.queue.append(arrival)
