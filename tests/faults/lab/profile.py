@@ -38,7 +38,7 @@ PROFILES = {
     "standard": Profile(
         name="standard",
         seconds=30 * 60,
-        rate=150,
+        rate=100,
         producers=6,
         gap_s=4,
         at_once=2,
