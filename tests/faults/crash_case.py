@@ -384,32 +384,51 @@ class Case:
         return Verdict(sum(accepted.values()) - len(LOAD), self.stats.duplicates)
 
 
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """What cases are made on."""
+EMPTY = """
+SELECT string_agg(format('DELETE FROM %s;', oid::regclass), '') FROM pg_class
+WHERE relkind IN ('r', 'p') AND NOT relispartition AND relnamespace IN ('relay'::regnamespace, 'public'::regnamespace)
+  AND relname <> 'migration'
+"""
 
-    postgres: Postgres
-    rabbitmq: RabbitMQ
-    template: str
-    nursery: Path
-    folder: Path
+AS_MIGRATED = "INSERT INTO relay.outbox_cursor (shard, cluster_id) SELECT 0, system_identifier FROM pg_control_system()"
+
+
+class Ground:
+    """What cases are made on. Databases are emptied and used again: to make one costs more than all else in a case."""
+
+    def __init__(self, postgres: Postgres, rabbitmq: RabbitMQ, template: str, nursery: Path, folder: Path) -> None:
+        self._postgres = postgres
+        self._rabbitmq = rabbitmq
+        self._template = template
+        self._nursery = nursery
+        self._folder = folder
+        self._free: list[str] = []
+        self._made: list[str] = []
+
+    def close(self) -> None:
+        """Drop the databases."""
+        for name in self._made:
+            self._postgres.drop_database(name)
 
     @asynccontextmanager
     async def case(self, place: Place, which: int, nth: int) -> AsyncIterator[Case]:
-        """A case with everything of its own."""
+        """A case with a database and a virtual host of its own."""
         name = f"relay_crash_{secrets.token_hex(4)}"
-        dsn, url = await asyncio.gather(
-            asyncio.to_thread(self.postgres.create_database, name, self.template),
-            asyncio.to_thread(self.rabbitmq.create_vhost, name),
-        )
+        url = await asyncio.to_thread(self._rabbitmq.create_vhost, name)
         try:
+            dsn = self._free.pop() if self._free else await self._database(name)
             async with connected(dsn) as db, audit(url, "account.#") as witness:
-                await db.execute(PRODUCER_TABLES + ";" + CONSUMER_TABLES)
-                case = Case(place, which, nth, dsn, url, self.nursery, self.folder, db, witness)
+                case = Case(place, which, nth, dsn, url, self._nursery, self._folder, db, witness)
                 await case.declare()
                 yield case
+                await db.execute(f"SET session_replication_role = replica; {await db.fetchval(EMPTY)} {AS_MIGRATED}")
+            self._free.append(dsn)  # of a case that failed nothing is used again
         finally:
-            await asyncio.gather(
-                asyncio.to_thread(self.postgres.drop_database, name),
-                asyncio.to_thread(self.rabbitmq.delete_vhost, name),
-            )
+            await asyncio.to_thread(self._rabbitmq.delete_vhost, name)
+
+    async def _database(self, name: str) -> str:
+        dsn = await asyncio.to_thread(self._postgres.create_database, name, self._template)
+        self._made.append(name)
+        async with connected(dsn) as db:
+            await db.execute(PRODUCER_TABLES + ";" + CONSUMER_TABLES)
+        return dsn
