@@ -166,6 +166,8 @@ class Server:
         tx = session.tx
         while (owner := self._row_locks.get(key)) is not None and owner is not tx:
             await self._wait(tx, owner)
+            if session.is_over or session.tx is not tx:
+                raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
         if tx is not None and owner is None:
             self._row_locks[key] = tx
             tx.locks.append(key)
