@@ -12,7 +12,7 @@ from tests.faults.simulation.violation import told
 NAMES = ("a", "b", "c")
 PRODUCERS = 3
 _PAUSES_S = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
-_ACTS = (4, 11)
+_ACTS = (3, 7)
 
 SETTINGS: tuple[Settings, ...] = (
     settings_for(),
