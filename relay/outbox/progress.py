@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
+from relay.outbox.doubt import Doubts
 from relay.outbox.recent import Recent
 
 _RATE_S = 10.0
@@ -62,6 +63,7 @@ class Progress:
     # What the next session must know, because the last one broke over a row.
     careful: int = 0  # rows still to be published one at a time, to find the one that closes the channel
     suspects: dict[int, Suspicion] = field(default_factory=dict)  # by id: parked rows to be tried alone
+    doubts: Doubts = field(default_factory=Doubts)  # about queues that are said to be full
     unconfirmed: dict[int, int] = field(
         default_factory=dict
     )  # row id: how often it was not confirmed while others were

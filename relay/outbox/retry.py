@@ -2,7 +2,8 @@
 
 Heads are tried first; behind each that went out follows what waited behind it. A row that ended a session before (it closed
 the channel, or its queue never confirmed) is tried alone, beside the live traffic and all others. A portion that ends the
-session makes suspects of its rows: they are tried alone until the one to blame is found.
+session makes suspects of its rows: they are tried alone until the one to blame is found. A row that is refused again and again as
+if its queue were full is tried alone, too: if that succeeds, it is this session that is wrong, and it ends.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Literal
 
 import structlog
 
+from relay.errors import BrokerUnavailable
 from relay.failpoints import Point, reached
 from relay.message import Aggregate, Message, Row
 from relay.outbox.alone import Alone, Tried
 from relay.outbox.blocked import Blocked
 from relay.outbox.parking import Parked, is_done, refusal, unsendable
 from relay.outbox.progress import Progress, Suspicion
+from relay.outbox.routing import routing_key
 from relay.outbox.store import Due, Store
-from relay.rabbitmq.contract import Publisher, Refused, Unknown
+from relay.rabbitmq.contract import Confirmed, Nacked, Publisher, Refused, Unknown
 from relay.settings import OutboxSettings
 
 _AGGREGATES = 20
@@ -63,6 +66,8 @@ class Retry:
         self._alone_at: float | None = None  # when a row is due that is tried alone
         self._not_before = 0.0  # while there is live traffic: until then the time is its own
         self._traffic_until = 0.0
+        self._doubted: int | None = None  # a row that this session refused, and that is tried alone
+        self._is_wrong = False  # this session: what it refused, the broker took
         self._alone = Alone(probe=probe, message=message, wake=wake, log=log)
 
     async def look(self) -> None:
@@ -111,7 +116,7 @@ class Retry:
         traffic = started < self._traffic_until
         if self._due_at is None or started < self._due_at or (traffic and started < self._not_before):
             return
-        found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES, list(self._suspects))
+        found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES, self._by_id)
         held = await self._hold_paused(found)
         due = [d for d in self._not_paused(found) if not self._alone.holds(d.row)]
         did = await self._try(_heads_first(due))
@@ -127,10 +132,12 @@ class Retry:
         if not self._alone.is_over:
             return
         tried = self._alone.take()
+        doubted, self._doubted = self._doubted, None  # whatever came of it: this session is asked again first
         if tried is not None:
             reached(Point.TRIED_ALONE)
             self._acquit(tried)
             await self._settle([tried])
+            self._is_wrong = tried[0].row.id == doubted and isinstance(tried[1], Confirmed)
         await self._plan()
         if tried is None or tried[1] is None:
             self._rest_alone()
@@ -140,7 +147,7 @@ class Retry:
         await self._alone.close()
 
     async def _plan(self) -> None:
-        waits = await self._store.next_attempts_s(list(self._suspects)) if self._blocked.rows else (None, None)
+        waits = await self._store.next_attempts_s(self._by_id) if self._blocked.rows else (None, None)
         now = self._clock()
         self._due_at, self._alone_at = (None if wait_s is None else now + max(0.0, wait_s) for wait_s in waits)
         if self._alone_at is None:
@@ -159,7 +166,7 @@ class Retry:
     async def _try(self, due: tuple[list[Due], list[Due]]) -> bool:
         """True when something was sent."""
         heads, behind = due
-        settled = await self._send(heads)
+        settled = self._doubt(await self._send(heads))
         held = {d.row.aggregate for d, outcome in settled if not is_done(d.row, outcome)}
         settled += await self._send([d for d in behind if d.row.aggregate not in held])
         await self._settle(settled)
@@ -213,6 +220,24 @@ class Retry:
 
     # --- alone
 
+    def _doubt(self, tried: Sequence[Tried]) -> list[Tried]:
+        """What became of heads, as far as this session is believed: one that it nacked may stay due, and is tried alone at once.
+
+        Not if others wait for that already: it could take minutes, in which a queue that really was full takes it.
+        """
+        if not self._alone.is_idle or (self._alone_at is not None and self._alone_at <= self._clock()):
+            return list(tried)
+        nacked = [(d, routing_key(d.row, self._settings.routing_key)) for d, o in tried if isinstance(o, Nacked)]
+        chosen = self._progress.doubts.choose(nacked, self._clock())
+        if chosen is not None:
+            self._doubted = chosen.row.id
+        return [(d, None if d is chosen else outcome) for d, outcome in tried]
+
+    @property
+    def _by_id(self) -> list[int]:
+        """The rows that are tried alone, whatever they are parked for."""
+        return [*self._suspects, *([] if self._doubted is None else [self._doubted])]
+
     @property
     def _suspects(self) -> dict[int, Suspicion]:
         return self._progress.suspects
@@ -220,6 +245,11 @@ class Retry:
     async def _step_alone(self) -> None:
         """Which row is sent is asked when the connection is there: until then operators may skip it, or pause it."""
         await self.settle_alone()
+        if self._is_wrong:
+            self._progress.doubts.found_wrong(self._clock())
+            raise BrokerUnavailable(
+                "RabbitMQ refuses (basic.nack) in this session what it took in a new one: so that one comes instead"
+            )
         if self._alone.wants_a_row:
             self._alone.send(await self._next_alone())
         elif self._alone.is_idle and self._alone_at is not None and self._clock() >= self._alone_at:
@@ -235,7 +265,7 @@ class Retry:
             self._alone_at = max(self._alone_at, self._clock() + self._settings.retry_first_s)
 
     async def _next_alone(self) -> Due | None:
-        due = await self._store.due_alone(list(self._suspects))
+        due = await self._store.due_alone(self._by_id)
         return None if due is None or self._blocked.pauses.hold(due.row) else due
 
     def _acquit(self, tried: Tried) -> None:

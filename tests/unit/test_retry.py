@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import structlog
 
+from relay.errors import BrokerUnavailable
 from relay.message import SEQUENCE, TOMBSTONE, Message, Row
 from relay.outbox.blocked import Blocked
 from relay.outbox.pause import Pauses
@@ -18,7 +19,7 @@ from relay.outbox.progress import Progress
 from relay.outbox.retry import Retry
 from relay.outbox.routing import route
 from relay.outbox.store import Due, Store
-from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Refused, Unknown
+from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Publisher, Refused, Unknown
 from relay.settings import OutboxSettings
 from tests.unit.test_parking import rows
 
@@ -318,6 +319,76 @@ async def test_what_was_late_stays_suspect_when_another_row_is_found_that_closes
     await retry.look()
     await _steps(retry)
     assert broker.alone == [1, 3]
+
+
+class Full:
+    """A publisher whose queue is said to be full."""
+
+    lost = None
+    message_is_suspect = False
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    async def publish(self, messages: Sequence[Message]) -> list[Outcome]:
+        self.sent += [cast("int", m.headers[SEQUENCE]) for m in messages]
+        return [Nacked() for _ in messages]
+
+    @asynccontextmanager
+    async def probe(self) -> AsyncIterator[Publisher]:
+        yield cast("Publisher", self)
+
+
+class Refusing:
+    """Instead of a publisher: the broker takes no further connection."""
+
+    async def __aenter__(self) -> Publisher:
+        raise BrokerUnavailable("connection limit")
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+async def test_a_session_that_refuses_what_is_taken_on_a_new_channel_ends() -> None:
+    table = Parked([Due(row, 2) for row in rows("a", "b")])
+    session, broker = Full(), Broker()
+    retry = a_retry(table, session, probe=broker.probe)
+    await retry.look()
+    with pytest.raises(BrokerUnavailable, match="nack"):
+        await _steps(retry)
+    assert (session.sent, broker.alone) == ([1, 2], [1])
+    assert [d.row.id for d in table.rows] == [2], "what was taken is parked no more"
+
+
+async def test_a_row_that_is_refused_there_as_well_waits_for_its_next_attempt() -> None:
+    table = Parked([Due(row, 2) for row in rows("a", "b")])
+    session, elsewhere = Full(), Full()
+    retry = a_retry(table, session, probe=elsewhere.probe)
+    await retry.look()
+    await _steps(retry)
+    assert (session.sent, elsewhere.sent) == ([1, 2], [1])
+    assert table.delayed == {1, 2}
+
+
+async def test_a_doubt_that_cannot_be_settled_is_dropped_and_the_row_is_tried_in_the_session_again() -> None:
+    table = Parked([Due(row, 2) for row in rows("a")])
+    session = Full()
+    retry = a_retry(table, session, probe=Refusing)
+    await retry.look()
+    await _steps(retry)
+    assert session.sent == [1, 1]
+    assert table.delayed == {1}
+
+
+async def test_what_hangs_and_waits_to_be_tried_alone_does_not_hold_up_what_is_said_to_be_full() -> None:
+    table = Parked([Due(row, 2) for row in rows("a", "b")], alone=[1])
+    session = Full()
+    retry = a_retry(table, session)  # its answer to the first one never comes
+    await retry.look()
+    await _steps(retry)
+    assert session.sent == [2]
+    assert table.delayed == {2}
+    await retry.close()
 
 
 async def _steps(retry: Retry) -> None:
