@@ -99,34 +99,18 @@ async def _alarm(
 async def queue_full(stage: Stage, dice: random.Random) -> int:
     """Nobody consumes, and the queue takes no more: what goes there is refused with basic.nack, and tried again.
 
-    The limit is raised before it is taken away: when it is gone, RabbitMQ before 4.0 does not tell publishers that they may
-    go on, and nacks whatever their channels publish to the queue (rabbitmq-server issue 12206).
+    The limit is taken away while the queue is full, which RabbitMQ does not tell publishers (rabbitmq-server issue 12206).
     """
+    rules = {"max-length": 20, "overflow": "reject-publish"}
     before = stage.relay_amqp.seen["nack"]
-    try:
-        async with nobody_consuming(stage):
-            await _limit(stage, 20)
+    async with nobody_consuming(stage):
+        try:
+            await api(stage, "PUT", LIMIT, {"pattern": f"^{QUEUE}$", "apply-to": "queues", "definition": rules})
             await wait(stage, lambda: stage.relay_amqp.seen["nack"] > before, timeout_s=20)
             await asyncio.sleep(dice.uniform(0.5, 2.5))
-            nacks = stage.relay_amqp.seen["nack"] - before
-    finally:
-        await _limit(stage, 1_000_000)
-        if not await wait(stage, lambda: _takes_again(stage), timeout_s=10):  # raising it does not always help either
-            await close_connections(stage, RELAY_USER)
-        await api(stage, "DELETE", LIMIT)
-    return nacks
-
-
-async def _limit(stage: Stage, messages: int) -> None:
-    rules = {"max-length": messages, "overflow": "reject-publish"}
-    await api(stage, "PUT", LIMIT, {"pattern": f"^{QUEUE}$", "apply-to": "queues", "definition": rules})
-
-
-async def _takes_again(stage: Stage) -> bool:
-    """No publisher was refused for a while."""
-    before = stage.relay_amqp.seen["nack"]
-    await asyncio.sleep(1)
-    return stage.relay_amqp.seen["nack"] == before
+            return stage.relay_amqp.seen["nack"] - before
+        finally:
+            await api(stage, "DELETE", LIMIT)
 
 
 async def _listens(port: int) -> bool:
