@@ -13,7 +13,6 @@ from tests.faults.lab.fault import fault
 from tests.faults.lab.stage import BROKER_USERS, Stage
 
 WHOLE = ("broker", "relay-amqp", "consumer-amqp")
-RELAY_USER = BROKER_USERS[0]
 LIMIT = "/api/policies/%2F/lab-full"
 MEMORY_LIMIT = "0.4"  # RabbitMQ 3's default
 DISK_LIMIT = "50MB"  # the sandbox's
