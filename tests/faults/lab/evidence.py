@@ -60,6 +60,7 @@ class Struck:
     healed: float
     bites: int  # 0: injected, but nothing shows that it did anything
     confined_to: str | None = None  # the aggregate type that alone may wait because of it; None: everybody may
+    broken: str | None = None  # a promise that the fault itself has seen broken
     failure: str | None = None  # the injector itself failed: the run proves nothing
     note: str = ""  # for the reader of the report
 
@@ -121,5 +122,11 @@ class Evidence:
     expected_strangers: int = 0
     strict: bool = False  # relays with order = "strict": first publications are in order, whatever the broker refuses
     transactions: Mapping[str, int] = field(default_factory=dict)  # of the producers: ok, undone, unknown, failed
+    exits: Sequence[str] = ()  # ends of daemons that no fault and no stop explains
+    mistaken: Sequence[
+        str
+    ] = ()  # tokens whose transaction the producer knows to be rolled back and txn_log has, or the reverse
+    cursor_writes: int = 0  # that were looked at for the next
+    log_lines: int = 0  # that were looked at for complaints
     stale_checkpoints: int = 0  # writes of the cursor by a session that had lost the log to another owner
     complaints: Sequence[str] = ()  # lines of the daemons' logs that no daemon should write, such as tracebacks

@@ -25,7 +25,12 @@ class Fault:
     smoke: bool  # is part of the smoke profile
     confined_to: str | None
     recovery_s: float  # longest time from its heal to the last effect of what was committed before
+    loses: bool  # takes messages from the broker for good: only repair brings them back
     needs: Callable[[], bool]  # False: this machine cannot do it (a program is missing)
+
+
+class Broken(AssertionError):
+    """A fault has seen relay break a promise that no table tells of: an exit code, a password in a log. The run has failed."""
 
 
 CATALOGUE: dict[str, Fault] = {}
@@ -39,6 +44,7 @@ def fault(
     smoke: bool = False,
     confined_to: str | None = None,
     recovery_s: float = 15.0,
+    loses: bool = False,
     needs: Callable[[], bool] = lambda: True,
 ) -> Callable[[Act], Act]:
     """Put an act into the catalogue under its kind.
@@ -57,6 +63,7 @@ def fault(
             smoke=smoke,
             confined_to=confined_to,
             recovery_s=recovery_s,
+            loses=loses,
             needs=needs,
         )
         return act

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.faults.lab.evidence import Struck
-from tests.faults.lab.fault import Fault
+from tests.faults.lab.fault import Broken, Fault
 from tests.faults.lab.profile import Profile
 from tests.faults.lab.sampler import LOOK_S
 from tests.faults.lab.stage import Stage
@@ -25,7 +25,7 @@ LONGEST_S = 120.0
 
 CALM_S = 40.0
 ATTEMPTS = 3
-"""What has not bitten is tried again: between two restarts there may be nothing to bite. The third time the run is inconclusive."""
+"""What has not bitten (and did not fail) is tried again: between two restarts there may be nothing to bite. The third time the run is inconclusive."""
 
 Tell = Callable[[str], None]
 
@@ -91,12 +91,18 @@ class Nemesis:
     async def _strike(self, fault: Fault, dice: random.Random) -> None:
         begun = time.time()
         self.tell(f"+ {fault.kind}")
-        bites, failure = 0, None
+        bites, failure, broken = 0, None, None
         for attempt in range(ATTEMPTS):
             self.stage.history.record("fault_begun", kind=fault.kind, attempt=attempt)
-            bites, failure = await self._attempt(fault, dice)
-            self.stage.history.record("fault_healed", kind=fault.kind, bites=bites, failure=failure)
-            if bites:
+            try:
+                async with asyncio.timeout(LONGEST_S):
+                    bites = await fault.act(self.stage, dice)
+            except Broken as exc:
+                broken = str(exc)
+            except Exception as exc:  # noqa: BLE001 - whatever it is: the run proves nothing about this fault
+                failure = f"{type(exc).__name__}: {exc}"
+            self.stage.history.record("fault_healed", kind=fault.kind, bites=bites, failure=failure, broken=broken)
+            if bites or failure or broken:
                 break
         healed = time.time()
         self.struck.append(
@@ -107,18 +113,11 @@ class Nemesis:
                 bites=bites,
                 confined_to=fault.confined_to,
                 failure=failure,
+                broken=broken,
             )
         )
-        outcome = f"bitten {bites} times" if bites else f"NOT BITTEN {failure or ''}"
+        outcome = f"BROKEN {broken}" if broken else f"bitten {bites} times" if bites else f"NOT BITTEN {failure or ''}"
         self.tell(f"- {fault.kind}: {healed - begun:.1f} s, {outcome}")
-
-    async def _attempt(self, fault: Fault, dice: random.Random) -> tuple[int, str | None]:
-        """(bites, why it could not be injected)."""
-        try:
-            async with asyncio.timeout(LONGEST_S):
-                return await fault.act(self.stage, dice), None
-        except Exception as exc:  # noqa: BLE001 - whatever it is: the run proves nothing about this fault
-            return 0, f"{type(exc).__name__}: {exc}"
 
 
 def _deck(faults: Sequence[Fault], dice: random.Random) -> Iterator[Fault]:
