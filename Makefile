@@ -42,8 +42,8 @@ demo: venv servers  ## show the whole system at work, with faults
 	@$(BIN)/relay demo
 
 PROFILE ?= smoke
-faults: venv servers  ## break everything on purpose and check: PROFILE=smoke|standard|soak, SEED=n, POSTGRES=15|18
-	@$(PYTHON) -m tests.faults $(PROFILE) $(if $(SEED),--seed $(SEED)) $(if $(POSTGRES),--postgres $(POSTGRES)) $(if $(OUT),--out $(OUT))
+faults: venv servers  ## break everything on purpose and check: PROFILE=smoke|standard|soak SEED=n POSTGRES=15|18 REPAIR=no
+	@$(PYTHON) -m tests.faults $(PROFILE) $(if $(SEED),--seed $(SEED)) $(if $(POSTGRES),--postgres $(POSTGRES)) $(if $(filter no,$(REPAIR)),--no-repair) $(if $(OUT),--out $(OUT))
 
 check: venv  ## lint, format, types, import rules
 	$(BIN)/ruff check .

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 
 from relay.errors import SandboxError
-from tests.faults.lab.profile import PROFILES
-from tests.faults.lab.run import Options, run
+from tests.faults.lab.profile import PROFILES, Options
+from tests.faults.lab.run import run
 
 EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 2}
 
@@ -29,13 +29,16 @@ EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 2}
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for report, history and logs. Default: a fresh one."
 )
-def main(profile: str, seed: int | None, postgres: str | None, kinds: str | None, out: Path | None) -> None:
+def main(
+    profile: str, seed: int | None, postgres: str | None, kinds: str | None, repair: bool, out: Path | None
+) -> None:
     """Break the whole system on purpose while it works, and compare in the end."""
     options = Options(
         profile=PROFILES[profile],
         seed=random.randrange(10**6) if seed is None else seed,
         postgres=postgres,
         kinds=[kind.strip() for kind in kinds.split(",")] if kinds else (),
+        repair=repair,
         folder=out,
     )
     for library in ("aiormq", "aio_pika"):  # a connection that a fault cuts is worth no traceback

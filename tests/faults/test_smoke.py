@@ -8,8 +8,8 @@ import pytest
 
 from relay.errors import SandboxError
 from relay.sandbox.postgres_binaries import find_postgres_binaries
-from tests.faults.lab.profile import PROFILES
-from tests.faults.lab.run import Options, run
+from tests.faults.lab.profile import PROFILES, Options
+from tests.faults.lab.run import run
 
 SEED = 4
 
@@ -23,9 +23,11 @@ def _is_here(version: str) -> bool:
 
 
 @pytest.mark.timeout(420)  # on an idle machine it is over in two minutes
-@pytest.mark.parametrize("version", ["15", "18"])
-async def test_nothing_is_lost_doubled_or_swapped_whatever_breaks(version: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "repair"), [("15", False), ("18", True)], ids=["15 without repair", "18"])
+async def test_nothing_is_lost_doubled_or_swapped_whatever_breaks(version: str, repair: bool, tmp_path: Path) -> None:
+    """Once without repair, which would heal what is lost by a mistake as well."""
     if not _is_here(version):
         pytest.skip(f"PostgreSQL {version} is not on this machine")
-    result = await run(Options(profile=PROFILES["smoke"], seed=SEED, postgres=version, folder=tmp_path), print)
+    options = Options(profile=PROFILES["smoke"], seed=SEED, postgres=version, repair=repair, folder=tmp_path)
+    result = await run(options, print)
     assert result.verdict.outcome == "passed", result.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from relay.postgres.connect import Connection
@@ -28,8 +29,13 @@ _GAPS = "SELECT count(*) FROM relay.inbox_gap"
 _QUARANTINE = "SELECT count(DISTINCT body) FROM relay.inbox_quarantine WHERE (reason = 'conflict') = $1"
 
 _COMPLAINT = re.compile(
-    r"^Traceback |never retrieved|was never awaited|Task was destroyed|^Fatal Python|Segmentation fault"
+    r"Traceback \(most recent|never retrieved|was never awaited|Task was destroyed|^Fatal Python|Segmentation fault"
 )
+_LIBRARIES = ("aiormq", "aio_pika")
+"""They log the end of a connection with a traceback: that is their word for it, not a defect."""
+
+RIGHTS_MISSING = 4
+"""Exit code of a daemon that is started while its rights or its password are taken away: a supervisor starts it again."""
 
 
 async def committed(producer: Connection) -> list[Committed]:
@@ -97,11 +103,29 @@ async def lengths(stage: Stage) -> dict[str, int]:
     return {row["name"]: int(row["messages"]) for row in found}
 
 
-def complaints(daemons: tuple[Daemon, ...]) -> list[str]:
-    """Lines of the logs that no daemon should ever write."""
+def log_lines(daemons: Sequence[Daemon]) -> Iterator[tuple[str, str]]:
+    """(name of the daemon, line) of all that they have written."""
+    for daemon in daemons:
+        for line in daemon.log_since(0).splitlines():
+            yield daemon.name, line
+
+
+def is_complaint(line: str) -> bool:
+    """True for what no daemon should ever write: an exception that nobody expected, told by itself or inside a line of the log."""
+    if not _COMPLAINT.search(line):
+        return False
+    if line.startswith("{"):
+        with suppress(ValueError):
+            told = json.loads(line)
+            return "never retrieved" in told.get("event", "") or not str(told.get("logger", "")).startswith(_LIBRARIES)
+    return True
+
+
+def exits(daemons: Sequence[Daemon]) -> list[str]:
+    """Processes that ended though nobody had asked them to."""
     return [
-        f"{daemon.name}: {line}"
+        f"{daemon.name} ended by itself with exit code {code}"
         for daemon in daemons
-        for line in daemon.log_since(0).splitlines()
-        if _COMPLAINT.search(line)
+        for _, code in daemon.unasked
+        if code != RIGHTS_MISSING
     ]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +27,13 @@ class Daemon:
         self.name = name
         self.environment = _inherited() | dict(environment) | {"LAB_FOLDER": str(folder), "LAB_NAME": name}
         """Of the next start."""
-        self.exits: list[int] = []  # exit codes of the processes that have ended
+        self.unasked: list[tuple[float, int]] = []  # (time, exit code) of processes that nobody had asked to end
         self.log = folder / f"{name.replace(' ', '-')}.log"
         self._command = [sys.executable, "-m", "tests.faults.lab.worker", *arguments]
         self._folder = folder
         self._process: KeptProcess | None = None
+        self._asked: int | None = None  # the process that somebody ends
         self._holds = 0
-        self._ended = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -121,17 +122,19 @@ class Daemon:
         return self.pid is None and not self._holds
 
     async def _note_end(self) -> None:
-        if self._process is not None and (code := await asyncio.to_thread(self._process.wait, 0)) is not None:
-            self.exits.append(_signed(code))
+        process = self._process
+        if process is not None and (code := await asyncio.to_thread(process.wait, 0)) is not None:
+            if process.pid != self._asked:
+                self.unasked.append((time.time(), _signed(code)))
             self._process = None
 
     async def _end(self, *signals: int) -> int:
         process = self._process
         if process is None:
             return 0
+        self._asked = process.pid
         code = _signed(await asyncio.to_thread(lambda: process.end(*signals, timeout_s=STOP_TIMEOUT_S)))
         if self._process is process:
-            self.exits.append(code)
             self._process = None
         return code
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +63,15 @@ PROFILES = {
         name="custom", seconds=0, rate=150, producers=4, gap_s=1, at_once=1, alone=1, kinds_needed=1, quiet_s=3
     ),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What can be chosen."""
+
+    profile: Profile
+    seed: int
+    postgres: str | None = None  # a major version; None: the first that is found
+    kinds: Sequence[str] = ()  # only these; none: all of the profile
+    repair: bool = True  # False: nobody heals what another mistake has lost, and faults that lose messages are left out
+    folder: Path | None = None  # for the report, the history and the logs; None: a fresh one

@@ -14,28 +14,18 @@ from typing import Any
 
 from tests.faults.lab import collect, cursor_log, kinds
 from tests.faults.lab.checker import Verdict, judge
+from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.evidence import Evidence, Leftovers
 from tests.faults.lab.fault import CATALOGUE, Fault
 from tests.faults.lab.history import History
 from tests.faults.lab.nemesis import Nemesis
-from tests.faults.lab.profile import Profile
+from tests.faults.lab.profile import Options
 from tests.faults.lab.report import as_dict, as_html, as_text
 from tests.faults.lab.sampler import Sampler
 from tests.faults.lab.stage import Stage, staged
 from tests.faults.lab.witness import QUEUE, Witness
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What can be chosen."""
-
-    profile: Profile
-    seed: int
-    postgres: str | None = None  # a major version; None: the first that is found
-    kinds: Sequence[str] = ()  # only these; none: all of the profile
-    folder: Path | None = None  # for the report, the history and the logs; None: a fresh one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +48,7 @@ async def run(options: Options, tell: Tell) -> Result:
     )
     with History(folder / "history.jsonl") as history:
         history.record("run", profile=options.profile.name, seed=options.seed, kinds=[f.kind for f in faults])
-        async with staged(folder, history, options.profile, options.seed, options.postgres) as stage:
+        async with staged(folder, history, options) as stage:
             tell(f"PostgreSQL {stage.producer_postgres.version}, RabbitMQ, two relays and two consumers are at work")
             evidence = await _work(stage, faults, options, tell)
     verdict = judge(
@@ -100,23 +90,22 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
             settled = await _settled(stage, profile.settle_s)
             await sampler.look(processes=True)
         left = await _leftovers(stage)
-        for daemon in stage.daemons:
-            with daemon.held():
-                code = await daemon.terminate()
-                stage.history.record("stopped", daemon=daemon.name, code=code)
+        stopped = [await _stopped(daemon, stage.history) for daemon in stage.daemons]
         await stage.until(lambda: _is_empty(stage), timeout_s=20, every_s=0.3)
     async with stage.producer() as producer, stage.consumer() as consumer:
         committed = await collect.committed(producer)
         effects, balances = await collect.applied(consumer), await collect.balances(consumer)
-        stale = await cursor_log.stale(producer)
+        stale, writes = await cursor_log.stale(producer), await cursor_log.writes(producer)
+    lines = list(collect.log_lines(stage.daemons))
+    tokens = {c.token for c in committed}
     return Evidence(
         seed=options.seed,
-        profile=profile.name,
+        profile=profile.name if options.repair else f"{profile.name} without repair",
         began=began,
         ended=ended,
         settled=settled,
         committed=committed,
-        undone=frozenset(load.tokens - {c.token for c in committed}),
+        undone=frozenset(load.tokens - tokens),
         effects=effects,
         balances=balances,
         witnessed=witness.messages,
@@ -127,9 +116,21 @@ async def _work(stage: Stage, faults: Sequence[Fault], options: Options, tell: T
         expected_conflicts=stage.expected_conflicts,
         expected_strangers=stage.expected_strangers,
         transactions=dict(load.outcomes),
+        mistaken=[*sorted(load.known["ok"] - tokens), *sorted(load.known["undone"] & tokens)],
+        exits=[*collect.exits(stage.daemons), *(words for words in stopped if words)],
+        cursor_writes=writes,
         stale_checkpoints=stale,
-        complaints=collect.complaints(stage.daemons),
+        log_lines=len(lines),
+        complaints=[f"{name}: {line}" for name, line in lines if collect.is_complaint(line)],
     )
+
+
+async def _stopped(daemon: Daemon, history: History) -> str | None:
+    """SIGTERM at the end of everything: a daemon that has nothing to do ends with 0; otherwise in words."""
+    with daemon.held():
+        code = await daemon.terminate()
+    history.record("stopped", daemon=daemon.name, code=code)
+    return f"{daemon.name} ended with exit code {code} after SIGTERM" if code else None
 
 
 async def _settled(stage: Stage, timeout_s: float) -> float | None:

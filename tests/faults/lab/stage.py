@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import signal
 import time
@@ -23,7 +24,7 @@ from tests.faults.lab.amqp_proxy import AmqpProxy
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.history import History
 from tests.faults.lab.postgres_proxy import PostgresProxy
-from tests.faults.lab.profile import Profile
+from tests.faults.lab.profile import Options
 from tests.faults.lab.workload import Workload
 
 ROOT = Path(__file__).parents[3]
@@ -171,16 +172,18 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(
-    folder: Path, history: History, profile: Profile, seed: int, postgres: str | None
-) -> AsyncIterator[Stage]:
+async def staged(folder: Path, history: History, options: Options) -> AsyncIterator[Stage]:
     """The whole system, at work; all of it is gone at the end."""
     async with AsyncExitStack() as stack:
         # Inherited by the daemons: a signal that comes before they have set their handlers must not end them.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             before = signal.signal(number, signal.SIG_IGN)
             stack.callback(signal.signal, number, before)
-        servers = (SandboxPostgres(postgres, fsync=False), SandboxPostgres(postgres, fsync=False), SandboxRabbitMQ())
+        servers = (
+            SandboxPostgres(options.postgres, fsync=False),
+            SandboxPostgres(options.postgres, fsync=False),
+            SandboxRabbitMQ(),
+        )
         for server in servers:
             stack.push_async_callback(asyncio.to_thread, server.stop)
         await asyncio.gather(*(asyncio.to_thread(server.start) for server in servers))
@@ -188,7 +191,7 @@ async def staged(
         password = secrets.token_hex(16)
         await _make_databases(producers, consumers, password)
         await asyncio.to_thread(make_broker_users, broker, password)
-        stage = await _connect(stack, folder, history, profile, seed, servers, password)
+        stage = await _connect(stack, folder, history, options, servers, password)
         for daemon in stage.daemons:
             stack.push_async_callback(daemon.kill9)
         keepers = [asyncio.create_task(daemon.keep()) for daemon in stage.daemons]
@@ -201,15 +204,16 @@ async def _connect(
     stack: AsyncExitStack,
     folder: Path,
     history: History,
-    profile: Profile,
-    seed: int,
+    options: Options,
     servers: tuple[SandboxPostgres, SandboxPostgres, SandboxRabbitMQ],
     password: str,
 ) -> Stage:
     producers, consumers, broker = servers
+    dealt: list[AmqpProxy] = []
 
     async def amqp() -> tuple[AmqpProxy, int]:
-        proxy = AmqpProxy(broker.port)
+        proxy = AmqpProxy(broker.port, dice=random.Random(f"{options.seed} amqp {len(dealt)}"))
+        dealt.append(proxy)
         stack.push_async_callback(proxy.close)
         return proxy, await proxy.start()
 
@@ -227,6 +231,8 @@ async def _connect(
     def daemon(name: str, user: str, database: str, pg_port: int, amqp_port: int, *arguments: str) -> Daemon:
         environment = {
             **DAEMONS,
+            "RELAY_OUTBOX_REPAIR": str(options.repair).lower(),
+            "RELAY_INBOX_REPAIR": str(options.repair).lower(),
             "RELAY_POSTGRES_DSN": f"postgresql://{user}:{password}@127.0.0.1:{pg_port}/{database}",
             "RELAY_RABBITMQ_URL": f"amqp://{user}:{password}@127.0.0.1:{amqp_port}/%2F",
         }
@@ -255,9 +261,9 @@ async def _connect(
         workload=Workload(
             dsn=f"postgresql://lab_producer:{password}@127.0.0.1:{producer_pg_port}/shop",
             history=history,
-            seed=seed,
-            rate=profile.rate,
-            producers=profile.producers,
+            seed=options.seed,
+            rate=options.profile.rate,
+            producers=options.profile.producers,
         ),
         password=password,
     )

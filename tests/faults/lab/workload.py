@@ -86,6 +86,8 @@ class Workload:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     outcomes: dict[str, int] = field(default_factory=lambda: {"ok": 0, "undone": 0, "unknown": 0, "failed": 0})
     tokens: set[str] = field(default_factory=set)  # of every event that was ever inserted, committed or not
+    known: dict[str, set[str]] = field(default_factory=lambda: {"ok": set(), "undone": set()})
+    """Tokens by what the client knows of their transaction's end; of the others only txn_log can tell."""
     _open: asyncio.Event = field(default_factory=asyncio.Event)
 
     def hold(self) -> None:
@@ -108,7 +110,7 @@ class _Producer:
     def __init__(self, workload: Workload, number: int) -> None:
         self._workload = workload
         self._number = number
-        self._dice = random.Random(f"{workload.seed} producer {number}")
+        self._dice = random.Random()
         self._counter = 0
         self._clock = asyncio.get_running_loop().time
         self._due = self._clock()
@@ -132,6 +134,8 @@ class _Producer:
         """One transaction, and the time until the next is due."""
         workload = self._workload
         await workload._open.wait()
+        # Dice of its own for each transaction: one that was cut short must not change all that follow.
+        self._dice = random.Random(f"{workload.seed} producer {self._number} transaction {self._counter}")
         bookings = self._bookings()
         workload.tokens.update(booking.token for booking in bookings)
         outcome = "failed"
@@ -165,10 +169,12 @@ class _Producer:
                 await asyncio.sleep(dice.uniform(0, 0.1))
         if dice.random() < LONG:
             await asyncio.sleep(dice.uniform(*LONG_S))
+        await log(connection, kept)
+        tokens = {booking.token for booking, _ in kept}
         if dice.random() < UNDONE:
             await transaction.rollback()
+            self._workload.known["undone"] |= tokens
             return "undone"
-        await log(connection, kept)
         if dice.random() < CUT_AT_COMMIT:
             committing = asyncio.create_task(transaction.commit())
             await asyncio.sleep(0)  # written, not answered
@@ -179,6 +185,7 @@ class _Producer:
             await transaction.commit()
         except _FAILURES as exc:
             raise _mark(exc) from None
+        self._workload.known["ok"] |= tokens
         return "ok"
 
     def _bookings(self) -> list[Booking]:
