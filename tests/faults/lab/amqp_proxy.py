@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tests.faults.lab.frames import BODY, HEADER, METHOD, Frame, Method, NotAmqp, Splitter, ack, joined, nack
 from tests.faults.lab.link import Link
@@ -36,6 +37,8 @@ class AmqpProxy(TcpProxy):
 
     `seen` counts frames that went past, before any lie: publish, consumer_ack, consumer_nack from clients; ack, nack, return,
     deliver, channel_close, connection_close, blocked from the broker; and connection.
+
+    A lie can be `about` one exchange: what was published elsewhere (marks, answers) is neither lied about nor counted then.
     """
 
     def __init__(self, upstream_port: int, *, dice: random.Random | None = None) -> None:
@@ -44,7 +47,8 @@ class AmqpProxy(TcpProxy):
         self.published: dict[str, int] = {}  # by message id: how often it was written to the broker
         self.confirmed: set[str] = set()  # message ids that the broker acked, whether the ack was passed on or not
         self.returned: Counter[str] = Counter()  # by message id: how often the broker gave it back; it acks it as well
-        self.dropping: Bites | None = None
+        self.watches: list[Watch] = []
+        self.dropping: Lie | None = None
         self.nacking: Nacking | None = None
         self.cut_at_ack: Limited | None = None
         self.cut_inside: Limited | None = None
@@ -53,19 +57,31 @@ class AmqpProxy(TcpProxy):
         """See TcpProxy."""
         return AmqpLink(self)
 
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Within it, what the broker hands out is counted by message id."""
+        watch = Watch()
+        self.watches.append(watch)
+        try:
+            yield watch
+        finally:
+            self.watches.remove(watch)
+
     @asynccontextmanager
-    async def dropping_acks(self) -> AsyncIterator[Bites]:
+    async def dropping_acks(self, *, about: str | None = None) -> AsyncIterator[Bites]:
         """Publishers get neither ack nor nack. Counts frames."""
         if self.dropping is not None:
             raise RuntimeError("acks are being dropped already")
-        bites = self.dropping = Bites()
+        bites = self.dropping = Lie(about=about)
         try:
             yield bites
         finally:
             self.dropping = None
 
     @asynccontextmanager
-    async def acks_as_nacks(self, share: float = 0.2, multiple: bool = False) -> AsyncIterator[Bites]:
+    async def acks_as_nacks(
+        self, share: float = 0.2, multiple: bool = False, *, about: str | None = None
+    ) -> AsyncIterator[Bites]:
         """So many of the messages that the broker took are said to be refused. Counts messages.
 
         One by one, also out of an ack that stands for several; or, with `multiple`, all that one ack stands for, by one nack
@@ -73,29 +89,29 @@ class AmqpProxy(TcpProxy):
         """
         if self.nacking is not None:
             raise RuntimeError("acks are being turned into nacks already")
-        bites = self.nacking = Nacking(share=share, multiple=multiple)
+        bites = self.nacking = Nacking(share=share, multiple=multiple, about=about)
         try:
             yield bites
         finally:
             self.nacking = None
 
     @asynccontextmanager
-    async def cutting_at_ack(self, times: int | None = 1) -> AsyncIterator[Bites]:
+    async def cutting_at_ack(self, times: int | None = 1, *, about: str | None = None) -> AsyncIterator[Bites]:
         """The next ack (None: each) is swallowed and its connection cut: the broker has the message, and nobody knows. Counts cuts."""
         if self.cut_at_ack is not None:
             raise RuntimeError("connections are being cut at an ack already")
-        bites = self.cut_at_ack = Limited(times=times)
+        bites = self.cut_at_ack = Limited(times=times, about=about)
         try:
             yield bites
         finally:
             self.cut_at_ack = None
 
     @asynccontextmanager
-    async def cutting_inside_publish(self, times: int | None = 1) -> AsyncIterator[Bites]:
+    async def cutting_inside_publish(self, times: int | None = 1, *, about: str | None = None) -> AsyncIterator[Bites]:
         """The next publish (None: each) reaches the broker in part: without header, or up to the middle of its header or body. Counts cuts."""
         if self.cut_inside is not None:
             raise RuntimeError("connections are being cut inside a publish already")
-        bites = self.cut_inside = Limited(times=times)
+        bites = self.cut_inside = Limited(times=times, about=about)
         try:
             yield bites
         finally:
@@ -103,7 +119,37 @@ class AmqpProxy(TcpProxy):
 
 
 @dataclass(slots=True)
-class Limited(Bites):
+class Watch:
+    """See `watching`. Each delivery of a message id, by whether the broker called it a redelivery."""
+
+    first: Counter[str] = field(default_factory=Counter)
+    again: Counter[str] = field(default_factory=Counter)
+
+
+class _Sent(NamedTuple):
+    """A message that waits for an answer."""
+
+    message_id: str | None
+    exchange: str
+
+
+@dataclass(slots=True)
+class Lie(Bites):
+    """A mode that may be about one exchange only; None: about everything."""
+
+    about: str | None = None
+
+    def concerns(self, exchange: str) -> bool:
+        """Whether what goes there is lied about."""
+        return self.about is None or exchange == self.about
+
+    def concerned(self, answered: dict[int, _Sent]) -> list[int]:
+        """The tags of these that are lied about."""
+        return [tag for tag, sent in answered.items() if self.concerns(sent.exchange)]
+
+
+@dataclass(slots=True)
+class Limited(Lie):
     """A mode that bites so many times."""
 
     times: int | None = None
@@ -117,7 +163,7 @@ class Limited(Bites):
 
 
 @dataclass(slots=True)
-class Nacking(Bites):
+class Nacking(Lie):
     """See `acks_as_nacks`."""
 
     share: float = 0.0
@@ -130,9 +176,11 @@ class _Channel:
 
     confirming: bool = False
     published: int = 0  # since confirm.select: the last tag
-    outstanding: dict[int, str | None] = field(default_factory=dict)  # message ids by tag, in order, not answered yet
+    outstanding: dict[int, _Sent] = field(default_factory=dict)  # by tag, in order, not answered yet
     expects_publish: bool = False  # the next header is that of a publish
+    exchange: str = ""  # of that publish
     expects_return: bool = False
+    expects_deliver: bool | None = None  # the next header is that of a deliver: whether it is a redelivery
     cut_at: int | None = None  # the kind of the frame of this publish at which the connection is to be cut
 
 
@@ -193,8 +241,9 @@ class AmqpLink(Link):
         elif method == Method.CONFIRM_SELECT:
             channel.confirming = True
         elif method == Method.PUBLISH:
-            channel.expects_publish = True
-            if self._amqp.cut_inside is not None and self._amqp.cut_inside.bite():
+            channel.expects_publish, channel.exchange = True, frame.exchange
+            trap = self._amqp.cut_inside
+            if trap is not None and trap.concerns(channel.exchange) and trap.bite():
                 channel.cut_at = self._amqp.dice.choice((METHOD, HEADER, BODY))
                 if channel.cut_at == METHOD:
                     self.doomed = "let the server read"
@@ -207,7 +256,7 @@ class AmqpLink(Link):
             self._amqp.published[message_id] = self._amqp.published.get(message_id, 0) + 1
         if channel.confirming:
             channel.published += 1
-            channel.outstanding[channel.published] = message_id
+            channel.outstanding[channel.published] = _Sent(message_id, channel.exchange)
 
     def _broker_frame(self, frame: Frame) -> Bytes:
         channel = self._channel(frame.channel)
@@ -215,6 +264,9 @@ class AmqpLink(Link):
             channel.expects_return = False
             if (message_id := frame.message_id) is not None:
                 self._amqp.returned[message_id] += 1
+        if frame.kind == HEADER and channel.expects_deliver is not None:
+            self._note_delivered(frame.message_id, again=channel.expects_deliver)
+            channel.expects_deliver = None
         if frame.kind != METHOD:
             return frame.data
         method = frame.method
@@ -222,48 +274,55 @@ class AmqpLink(Link):
             self._amqp.seen[name] += 1
         if method == Method.RETURN:
             channel.expects_return = True
+        elif method == Method.DELIVER:
+            channel.expects_deliver = frame.redelivered if self._amqp.watches else None
         elif method == Method.ACK:
             return self._ack(frame, channel)
         elif method == Method.NACK:
-            self._answered(channel, *frame.tag)
-            return self._dropped(frame)
+            return self._dropped(frame, self._answered(channel, *frame.tag))
         return frame.data
+
+    def _note_delivered(self, message_id: str | None, *, again: bool) -> None:
+        if message_id is not None:
+            for watch in self._amqp.watches:
+                (watch.again if again else watch.first)[message_id] += 1
 
     def _ack(self, frame: Frame, channel: _Channel) -> Bytes:
         tag, multiple = frame.tag
         first = next(iter(channel.outstanding), tag)
         answered = self._answered(channel, tag, multiple)
-        self._amqp.confirmed.update(message_id for message_id in answered.values() if message_id is not None)
-        if self._amqp.cut_at_ack is not None and self._amqp.cut_at_ack.bite():
+        self._amqp.confirmed.update(sent.message_id for sent in answered.values() if sent.message_id is not None)
+        trap = self._amqp.cut_at_ack
+        if trap is not None and trap.concerned(answered) and trap.bite():
             self.doomed = "reset"
             return b""
         if self._amqp.dropping is None and (nacking := self._amqp.nacking) is not None and answered:
             if not nacking.multiple:
-                return self._nacked_singly(nacking, frame, list(answered))
+                return self._nacked_singly(nacking, frame, answered)
             if first in answered and self._amqp.dice.random() < nacking.share:
-                nacking.count += len(answered)
+                nacking.count += len(nacking.concerned(answered))
                 return nack(frame.channel, tag or max(answered), multiple=True)
-        return self._dropped(frame)
+        return self._dropped(frame, answered)
 
-    def _nacked_singly(self, nacking: Nacking, frame: Frame, tags: list[int]) -> Bytes:
+    def _nacked_singly(self, nacking: Nacking, frame: Frame, answered: dict[int, _Sent]) -> Bytes:
         """Some of the messages of an ack are nacked one by one, and one ack stands for the others, as before."""
-        refused = [tag for tag in tags if self._amqp.dice.random() < nacking.share]
+        refused = [tag for tag in nacking.concerned(answered) if self._amqp.dice.random() < nacking.share]
         nacking.count += len(refused)
         if not refused:
             return frame.data
-        taken = sorted(set(tags) - set(refused))
+        taken = sorted(set(answered) - set(refused))
         parts = [nack(frame.channel, tag) for tag in refused]
         if taken:  # by a tag that is still unanswered: aiormq ignores a multiple ack whose own tag it does not know
             parts.append(ack(frame.channel, taken[-1], multiple=frame.tag[1]))
         return joined(parts)
 
-    def _dropped(self, frame: Frame) -> Bytes:
+    def _dropped(self, frame: Frame, answered: dict[int, _Sent]) -> Bytes:
         if self._amqp.dropping is None:
             return frame.data
-        self._amqp.dropping.count += 1
+        self._amqp.dropping.count += bool(self._amqp.dropping.concerned(answered))
         return b""
 
-    def _answered(self, channel: _Channel, tag: int, multiple: bool) -> dict[int, str | None]:
+    def _answered(self, channel: _Channel, tag: int, multiple: bool) -> dict[int, _Sent]:
         """What the broker has answered for with this tag; 0 stands for all."""
         if not multiple:
             return {tag: channel.outstanding.pop(tag)} if tag in channel.outstanding else {}

@@ -60,6 +60,17 @@ class Frame:
         return tag, bool(bits & 1)
 
     @property
+    def exchange(self) -> str:
+        """Where a publish goes; empty for the default exchange."""
+        size = self.data[13]
+        return bytes(self.data[14 : 14 + size]).decode(errors="replace")
+
+    @property
+    def redelivered(self) -> bool:
+        """Of a deliver: the broker has handed it out before."""
+        return bool(self.data[12 + self.data[11] + 8] & 1)
+
+    @property
     def body_size(self) -> int:
         """Bytes that follow a content header."""
         return int(_SIZE.unpack_from(self.data, 11)[0])
