@@ -15,9 +15,13 @@ from aiormq.abc import AbstractChannel
 from relay.errors import SandboxError
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.kinds.processes import frozen
-from tests.faults.lab.stage import Stage
+from tests.faults.lab.stage import BROKER_USERS, Stage
 
 QUEUE = "effects"
+RELAY_USER, CONSUMER_USER = BROKER_USERS
+
+CLOSED_S = 2.0
+"""Longest wait until the broker has told them; the list may have some that had gone by themselves."""
 
 
 @asynccontextmanager
@@ -37,11 +41,13 @@ async def nobody_consuming(stage: Stage) -> AsyncIterator[None]:
 
 
 async def close_connections(stage: Stage, user: str) -> int:
-    """Close all connections of a broker's user; how many it had."""
+    """Close all connections of a broker's user; how many were told so, as the proxy before them has seen."""
     path = f"/api/connections/username/{user}"
-    had = json.loads(await api(stage, "GET", path) or b"[]")
+    proxy = stage.relay_amqp if user == RELAY_USER else stage.consumer_amqp
+    had, before = json.loads(await api(stage, "GET", path) or b"[]"), proxy.seen["connection_close"]
     await api(stage, "DELETE", path)
-    return len(had)
+    await wait(stage, lambda: proxy.seen["connection_close"] >= before + len(had), timeout_s=CLOSED_S)
+    return proxy.seen["connection_close"] - before
 
 
 async def api(stage: Stage, method: str, path: str, body: dict[str, object] | None = None) -> bytes:

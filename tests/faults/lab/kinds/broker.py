@@ -1,6 +1,7 @@
 """RabbitMQ as a whole: it goes away, or takes nothing for a while.
 
-What is counted is its process, what a connection attempt saw, and what the proxies saw of its frames.
+What is counted is its process, what a connection attempt saw, and what the proxies saw of its frames. That it went away has
+bitten when relays and consumers were connected again afterwards, and events were confirmed and handed out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ WHOLE = ("broker", "relay-amqp", "consumer-amqp")
 LIMIT = "/api/policies/%2F/lab-full"
 MEMORY_LIMIT = "0.4"  # RabbitMQ 3's default
 DISK_LIMIT = "50MB"  # the sandbox's
+BACK_S = 20.0
+"""Longest until daemons are at work again with a broker that is back."""
 
 
 # --- the broker goes away
@@ -24,26 +27,27 @@ DISK_LIMIT = "50MB"  # the sandbox's
 @fault("broker restarted", rows=(4,), touches=WHOLE, recovery_s=20)
 async def broker_restarted(stage: Stage, _: random.Random) -> int:
     """A graceful stop, which closes all connections with a word of its own, and a start."""
-    before = stage.broker.pid
+    before, had = stage.broker.pid, _connections(stage)
     await asyncio.to_thread(stage.broker.restart)
-    return int(stage.broker.pid != before)
+    return int(stage.broker.pid != before and await _are_back(stage, had))
 
 
 @fault("broker killed", rows=(4,), touches=WHOLE, smoke=True, recovery_s=20)
 async def broker_killed(stage: Stage, dice: random.Random) -> int:
     """kill -9 of the Erlang machine: whatever it confirmed is on its disk."""
-    before = stage.broker.pid
+    before, had = stage.broker.pid, _connections(stage)
     await asyncio.to_thread(stage.broker.kill9)
     try:
         await asyncio.sleep(dice.uniform(0, 2))
     finally:
         await asyncio.to_thread(stage.broker.start_again)
-    return int(stage.broker.pid != before)
+    return int(stage.broker.pid != before and await _are_back(stage, had))
 
 
 @fault("broker application stopped", rows=(4, 6), touches=WHOLE, recovery_s=20)
 async def application_stopped(stage: Stage, dice: random.Random) -> int:
-    """`rabbitmqctl stop_app`, as for maintenance: the machine runs, nobody listens. Bitten when a connection was refused."""
+    """`rabbitmqctl stop_app`, as for maintenance: the machine runs, nobody listens, a connection is refused."""
+    had = _connections(stage)
     await asyncio.to_thread(stage.broker.ctl, "stop_app")
     try:
         refused = not await _listens(stage.broker.port)
@@ -51,7 +55,7 @@ async def application_stopped(stage: Stage, dice: random.Random) -> int:
     finally:
         await asyncio.to_thread(stage.broker.ctl, "start_app")
         await require(stage, lambda: asyncio.to_thread(stage.broker.management().answers), "the broker is not back", 30)
-    return int(refused)
+    return int(refused and await _are_back(stage, had))
 
 
 @fault("connections closed by an operator", rows=(4,), touches=("relay-amqp", "consumer-amqp"))
@@ -110,6 +114,23 @@ async def queue_full(stage: Stage, dice: random.Random) -> int:
             return stage.relay_amqp.seen["nack"] - before
         finally:
             await api(stage, "DELETE", LIMIT)
+
+
+def _connections(stage: Stage) -> tuple[int, int]:
+    """So many have reached the broker yet, of the relays and of the consumers."""
+    return stage.relay_amqp.seen["connection"], stage.consumer_amqp.seen["connection"]
+
+
+async def _are_back(stage: Stage, had: tuple[int, int]) -> bool:
+    """Whether both have connected since then, and work again from now on."""
+    confirmed, handed_out = stage.relay_amqp.seen["ack"], stage.consumer_amqp.seen["deliver"]
+
+    def at_work() -> bool:
+        connected = all(now > before for now, before in zip(_connections(stage), had, strict=True))
+        works = stage.relay_amqp.seen["ack"] > confirmed and stage.consumer_amqp.seen["deliver"] > handed_out
+        return connected and works
+
+    return await wait(stage, at_work, timeout_s=BACK_S)
 
 
 async def _listens(port: int) -> bool:

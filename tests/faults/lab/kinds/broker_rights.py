@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from tests.faults.lab.broker_operator import api, close_connections, count_logged, log_marks, wait
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.fault import fault
+from tests.faults.lab.kinds.rights import forbid_leaks
 from tests.faults.lab.stage import ALL_PERMISSIONS, BROKER_USERS, Stage
 
 RELAY_USER, CONSUMER_USER = BROKER_USERS
@@ -61,4 +62,5 @@ async def relay_password_changed(stage: Stage, dice: random.Random) -> int:
         await asyncio.sleep(dice.uniform(0.5, 3))
     finally:
         await api(stage, "PUT", path, {name: user[name] for name in ("password_hash", "hashing_algorithm", "tags")})
+    forbid_leaks(stage.password, stage.relays)
     return count_logged(REFUSED, stage.relays, marks)

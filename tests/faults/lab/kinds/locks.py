@@ -1,4 +1,4 @@
-"""Somebody else's transactions in relay's way: tables and rows locked, snapshots held, notifications that nobody takes.
+"""Somebody else's transactions in relay's way: tables and rows locked, snapshots held, a notification queue that fills up.
 
 A lock has bitten when sessions were seen waiting for it.
 """
@@ -43,6 +43,8 @@ SELECT pg_notify('relay_outbox', CASE WHEN length($2) < 100 THEN $2 ELSE $2 || i
 """
 """Equal notifications of one transaction are one notification: the long ones are made different."""
 
+USAGE = "SELECT pg_notification_queue_usage()"
+
 NOTIFIED_AT_ONCE = 200
 LONGEST_PAYLOAD = 7900
 """Bytes: nearly a page of the notification queue each."""
@@ -52,7 +54,9 @@ LONGEST_PAYLOAD = 7900
 async def outbox_locked(stage: Stage, dice: random.Random) -> int:
     """As VACUUM FULL would: producers and the reader wait, in half of the cases longer than the relay's command timeout."""
     seconds = dice.choice((dice.uniform(3, 7), dice.uniform(COMMAND_TIMEOUT_S + 1, COMMAND_TIMEOUT_S + 4)))
-    return await _waiting_for(stage.producer, "LOCK TABLE relay.outbox IN ACCESS EXCLUSIVE MODE", seconds)
+    return await _waiting_for(
+        stage.producer, "LOCK TABLE relay.outbox IN ACCESS EXCLUSIVE MODE", seconds, only="relay "
+    )
 
 
 @fault("cursor of the log locked", rows=(38,), touches=("producer-db", "relay-pg"))
@@ -108,15 +112,16 @@ async def xmin_held_elsewhere(stage: Stage, dice: random.Random) -> int:
         connection.terminate()
 
 
-@fault("notifications that nobody takes", rows=(37,), touches=("producer-db",))
+@fault("notification queue filling up", rows=(37,), touches=("producer-db",))
 async def notified_en_masse(stage: Stage, dice: random.Random) -> int:
     """A listener idle in a transaction, so that the queue cannot be emptied, and thousands of notifications on relay's channel.
 
     Some say what a producer would say, most are longer than anything that relay knows. Each sender's COMMIT takes the lock that
-    producers' notifications need.
+    producers' notifications need. Bites: effects applied meanwhile, if the queue got fuller.
     """
-    waiting, sent = False, 0
+    applied = stage.applied
     async with stage.producer() as sleeper, stage.producer() as sender:
+        before = await sender.fetchval(USAGE)
         await sleeper.execute("LISTEN relay_outbox")
         try:
             async with sleeper.transaction():
@@ -126,12 +131,12 @@ async def notified_en_masse(stage: Stage, dice: random.Random) -> int:
                     await sender.execute(
                         NOTIFY, NOTIFIED_AT_ONCE, dice.choice(("0", "1", "operate", "x" * LONGEST_PAYLOAD))
                     )
-                    sent += NOTIFIED_AT_ONCE
                     await asyncio.sleep(dice.uniform(0, 0.05))
-                waiting = await sender.fetchval("SELECT pg_notification_queue_usage() > 0")
+                fuller = await sender.fetchval(USAGE) > before
+                meanwhile = stage.applied - applied
         finally:
             await sleeper.execute("UNLISTEN *")
-    return sent if waiting else 0
+    return max(0, meanwhile) if fuller else 0
 
 
 async def _waiting_for(open_: Open, statement: str, seconds: float, *arguments: Any, only: str = "") -> int:

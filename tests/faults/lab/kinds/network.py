@@ -1,7 +1,8 @@
 """The network between the daemons and their servers: cut, silent, slow, lying; at any moment, and at the worst ones.
 
 What is counted is what the proxies did: connections cut, acks swallowed or turned around, sessions that went silent. A link that
-lost bytes in a black hole stays silent when it is healed: what has to be found out, a daemon has to find out by itself.
+lost bytes in a black hole stays silent when it is healed: what has to be found out, a daemon has to find out by itself. Lies about
+confirms are about events only: a mark that was refused is nobody's loss.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 
 from relay.postgres.queries import query
 from tests.faults.lab.fault import fault
+from tests.faults.lab.kinds.messages import EVENTS
 from tests.faults.lab.postgres_proxy import Side
 from tests.faults.lab.proxy import Bites, TcpProxy
 from tests.faults.lab.stage import Stage
@@ -54,7 +56,7 @@ async def relay_amqp_slow(stage: Stage, dice: random.Random) -> int:
 @fault("relay: confirms dropped", rows=(2, 6), touches=("relay-amqp",), smoke=True)
 async def confirms_dropped(stage: Stage, dice: random.Random) -> int:
     """RabbitMQ takes messages and says so, and the relay does not hear it: it must send them again, and nobody apply them twice."""
-    async with stage.relay_amqp.dropping_acks() as bites:
+    async with stage.relay_amqp.dropping_acks(about=EVENTS) as bites:
         await _bitten(stage, bites)
         await asyncio.sleep(dice.uniform(0, 6))  # up to longer than the relay waits for a confirm
     return bites.count
@@ -75,13 +77,15 @@ async def acks_as_one_nack(stage: Stage, dice: random.Random) -> int:
 @fault("relay cut at the confirm", rows=(1, 2), touches=("relay-amqp",), smoke=True)
 async def cut_at_the_confirm(stage: Stage, dice: random.Random) -> int:
     """The ack is on its way when the connection goes: the message is in the queue, the relay cannot know and sends it again."""
-    return await _sprung(stage, stage.relay_amqp.cutting_at_ack(times := dice.randint(2, 3)), times)
+    return await _sprung(stage, stage.relay_amqp.cutting_at_ack(times := dice.randint(2, 3), about=EVENTS), times)
 
 
 @fault("relay cut inside a publish", rows=(2,), touches=("relay-amqp",))
 async def cut_inside_a_publish(stage: Stage, dice: random.Random) -> int:
     """RabbitMQ gets the beginning of a message and then the end of the connection."""
-    return await _sprung(stage, stage.relay_amqp.cutting_inside_publish(times := dice.randint(2, 5)), times)
+    return await _sprung(
+        stage, stage.relay_amqp.cutting_inside_publish(times := dice.randint(2, 5), about=EVENTS), times
+    )
 
 
 # --- relay and PostgreSQL
@@ -247,7 +251,7 @@ async def _slowness(stage: Stage, proxy: TcpProxy, dice: random.Random, each_way
 
 
 async def _nacked(stage: Stage, dice: random.Random, *, share: float, multiple: bool) -> int:
-    async with stage.relay_amqp.acks_as_nacks(share=share, multiple=multiple) as bites:
+    async with stage.relay_amqp.acks_as_nacks(share=share, multiple=multiple, about=EVENTS) as bites:
         await _bitten(stage, bites)
         await asyncio.sleep(dice.uniform(1, 4))
     return bites.count

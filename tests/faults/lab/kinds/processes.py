@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.faults.lab.daemons import Daemon
-from tests.faults.lab.fault import fault
+from tests.faults.lab.fault import Broken, fault
 from tests.faults.lab.stage import Stage
 
 KILLED = -signal.SIGKILL
@@ -228,12 +228,12 @@ async def _stalled(daemons: Sequence[Daemon], seconds: float) -> int:
 
 
 async def _terminated_in_time(daemon: Daemon) -> None:
-    """Raises AssertionError when it does not end as the README promises."""
+    """Raises Broken when it does not end as the README promises."""
     began = time.monotonic()
     code = await daemon.terminate()
     took_s = time.monotonic() - began
     if code != 0 or took_s > GRACE_S + GOODBYE_S:
-        raise AssertionError(f"{daemon.name} ended {took_s:.1f} s after SIGTERM with exit code {code}")
+        raise Broken(f"{daemon.name} ended {took_s:.1f} s after SIGTERM with exit code {code}")
 
 
 async def _require(stage: Stage, condition: Callable[[], bool], failure: str, timeout_s: float) -> None:

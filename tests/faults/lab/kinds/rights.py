@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from tests.faults.lab.daemons import Daemon
-from tests.faults.lab.fault import fault
+from tests.faults.lab.fault import Broken, fault
 from tests.faults.lab.stage import Stage
 
 NOTICED_S = 15.0
@@ -81,10 +81,15 @@ async def _without_password(stage: Stage, ask: Ask, role: str, daemons: Sequence
     bites = await _without(
         stage, ask, f"ALTER ROLE {role} PASSWORD 'rotated'", back, daemons, refused, lasts_s, ends=role
     )
-    leaks = sum(stage.password in daemon.log_since(0) for daemon in daemons)
-    if leaks:
-        raise AssertionError(f"{leaks} daemons have written their password to the log")
+    forbid_leaks(stage.password, daemons)
     return bites
+
+
+def forbid_leaks(password: str, daemons: Sequence[Daemon]) -> None:
+    """Raises Broken when one of them has ever written the password to its log."""
+    leaky = [daemon.name for daemon in daemons if password in daemon.log_since(0)]
+    if leaky:
+        raise Broken(f"the password is in the log of {', '.join(leaky)}")
 
 
 async def _without(

@@ -37,7 +37,9 @@ HEALED_BY_MARKS_S = 30.0
 NO_EXCHANGE = re.compile(r"NOT_FOUND - no exchange 'relay\.events'")
 NO_QUEUE = re.compile(r"RabbitMQ cancelled the consumer|NOT_FOUND - no queue 'effects'")
 
-UNROUTABLE = "SELECT count(*) AS n FROM relay.outbox_parked WHERE reason = 'unroutable' AND aggregate_type = 'lonely'"
+UNROUTABLE = """
+SELECT count(*) AS n FROM relay.outbox_parked WHERE reason = 'unroutable' AND aggregate_type = 'lonely' AND parked_at >= $1
+"""
 MISSED = "SELECT count(*) AS n FROM relay.inbox_gap WHERE aggregate_type = 'account' AND noticed_at >= $1"
 
 
@@ -46,6 +48,7 @@ MISSED = "SELECT count(*) AS n FROM relay.inbox_gap WHERE aggregate_type = 'acco
     rows=(11,),
     touches=("relay", "consumer", "consumer-db", "consumer-pg", *WHOLE),
     recovery_s=HEALED_BY_MARKS_S,
+    loses=True,
 )
 async def exchange_deleted(stage: Stage, _: random.Random) -> int:
     """With all its bindings. The relay declares it again, each consumer's next session binds its queue again.
@@ -68,7 +71,7 @@ async def exchange_deleted(stage: Stage, _: random.Random) -> int:
     return count_logged(NO_EXCHANGE, stage.relays, marks) + stage.relay_amqp.seen["return"] - returned
 
 
-@fault("queue deleted", rows=(11, 41), touches=("consumer", *WHOLE), recovery_s=HEALED_BY_MARKS_S)
+@fault("queue deleted", rows=(11, 41), touches=("consumer", *WHOLE), recovery_s=HEALED_BY_MARKS_S, loses=True)
 async def queue_deleted(stage: Stage, dice: random.Random) -> int:
     """With all that is in it. Consumers are told, and declare it again; until it is bound, events go to the audit only."""
     await all_at_work(stage)
@@ -81,7 +84,7 @@ async def queue_deleted(stage: Stage, dice: random.Random) -> int:
     return count_logged(NO_QUEUE, stage.consumers, marks)
 
 
-@fault("queue purged", rows=(41, 26), touches=("consumer", *WHOLE), recovery_s=HEALED_BY_MARKS_S)
+@fault("queue purged", rows=(41, 26), touches=("consumer", *WHOLE), recovery_s=HEALED_BY_MARKS_S, loses=True)
 async def queue_purged(stage: Stage, dice: random.Random) -> int:
     """Confirmed events are thrown away. Bitten as often as the broker says that it has thrown away."""
     wanted = dice.randint(1, 200)
@@ -98,12 +101,13 @@ async def queue_purged(stage: Stage, dice: random.Random) -> int:
 @fault("route of one type unbound", rows=(10,), touches=("broker", "consumer", "consumer-amqp"), confined_to="lonely")
 async def lonely_unbound(stage: Stage, dice: random.Random) -> int:
     """No queue is bound for these events: the broker returns them, they are parked, and go out when it is bound again."""
+    (now,) = await stage.producer_sql("SELECT clock_timestamp() AS at")
     most = 0
     async with _unbound(stage, "lonely.#"):
 
         async def parked() -> bool:
             nonlocal most
-            most = max(most, int((await stage.producer_sql(UNROUTABLE))[0]["n"]))
+            most = max(most, int((await stage.producer_sql(UNROUTABLE, now["at"]))[0]["n"]))
             return most > 0
 
         await stage.until(parked, timeout_s=15)
@@ -117,6 +121,7 @@ async def lonely_unbound(stage: Stage, dice: random.Random) -> int:
     rows=(41, 26),
     touches=("broker", "consumer", "consumer-amqp"),
     recovery_s=HEALED_BY_MARKS_S,
+    loses=True,
 )
 async def account_unbound(stage: Stage, dice: random.Random) -> int:
     """The audit queue still gets these events, so the broker confirms them: nobody but the marks tells the consumer.
