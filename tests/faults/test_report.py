@@ -13,8 +13,8 @@ import pytest
 from tests.faults.lab.charts import Time, decades, round_steps, thinned
 from tests.faults.lab.checker import Verdict, judge
 from tests.faults.lab.evidence import Evidence, Process, Struck
-from tests.faults.lab.page import merged
 from tests.faults.lab.report import as_dict, as_html, as_text
+from tests.faults.lab.spans import merged
 from tests.faults.lab.tally import BUCKET_S, by_kind, latency_lines, memory_lines
 from tests.faults.lab.verdict import MB
 from tests.faults.test_checker import (
@@ -142,7 +142,14 @@ def test_findings_come_first_and_name_the_event() -> None:
 
 def test_hostile_text_is_shown_and_never_taken_for_markup() -> None:
     fault = Struck(
-        kind=HOSTILE, begun=BEGAN + 5, healed=BEGAN + 6, bites=1, failure=HOSTILE, note=HOSTILE, confined_to=HOSTILE
+        kind=HOSTILE,
+        begun=BEGAN + 5,
+        healed=BEGAN + 6,
+        bites=1,
+        failure=HOSTILE,
+        broken=HOSTILE,
+        note=HOSTILE,
+        confined_to=HOSTILE,
     )
     key = (HOSTILE, HOSTILE)
     committed = [replace(c, key=key, token=HOSTILE) if c.token == "a1-1200" else c for c in GOOD.committed]
@@ -151,6 +158,8 @@ def test_hostile_text_is_shown_and_never_taken_for_markup() -> None:
         profile=HOSTILE,
         committed=committed,
         complaints=[HOSTILE],
+        exits=[HOSTILE],
+        mistaken=[HOSTILE],
         struck=[*GOOD.struck, fault],
         samples=[replace(s, processes=dict.fromkeys([HOSTILE], p)) for s in GOOD.samples for p in s.processes.values()],
     )
@@ -188,6 +197,7 @@ def test_the_text_has_the_verdict_the_figures_the_faults_and_the_findings() -> N
     assert text.startswith("INCONCLUSIVE: nothing is wrong, but the run does not prove it")
     assert re.search(r"transactions committed +1,500", text)
     assert re.search(r"events committed +3,600", text)
+    assert re.search(r"disturbances / faults that stood alone +3 / 3", text)
     assert re.search(r"broker killed +1 +3 +50 ms", text)
     assert "- nothing shows that 'relay killed' did anything" in text
 

@@ -6,15 +6,17 @@ finding names its cause: a doubled effect is not also one out of order, nor a lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
 
 from tests.faults.lab.course import Course, percentile
 from tests.faults.lab.evidence import Committed, Effect, Evidence, Key, Witnessed
-from tests.faults.lab.pace import recovered, unfair, waited
-from tests.faults.lab.usage import grown, judged_lives
+from tests.faults.lab.pace import Wait, held_up, recovered, unfair, waited
+from tests.faults.lab.spans import Spans
+from tests.faults.lab.usage import grown, judged_lives, lives, silent
 from tests.faults.lab.verdict import Check, Figures, Limits, Outcome, Verdict
 
 __all__ = ["Verdict", "judge"]
@@ -22,6 +24,36 @@ __all__ = ["Verdict", "judge"]
 EXAMPLES = 5
 EXAMPLE_LENGTH = 400
 """Characters: a traceback in a log line is not the report's whole page."""
+
+EVERY_RUN = frozenset(
+    {
+        *(
+            "no loss",
+            "no phantom",
+            "exactly one effect",
+            "order",
+            "numbers",
+            "content",
+            "message id",
+            "cursor",
+            "single writer",
+        ),
+        *(
+            "quiet copies",
+            "leftovers",
+            "settled",
+            "recovery",
+            "waiting",
+            "held up",
+            "growth",
+            "complaints",
+            "exits",
+            "promises",
+        ),
+        *("known outcomes", "producers"),
+    }
+)
+"""Checks that every run of a minute or more with faults can and must put to the test; `fairness` too if a confined fault is among them."""
 
 Wrong = tuple[str, float | None]
 """What is wrong, in words, and the moment that it was wrong at; None: at no moment that a fault could be named for."""
@@ -32,13 +64,19 @@ def judge(
     *,
     kinds_needed: int = 0,
     bounds: Mapping[str, float] = MappingProxyType({}),
+    must_examine: frozenset[str] = frozenset(),
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> Verdict:
-    """Compare everything. `bounds`: the longest recovery of each kind of fault, in seconds."""
+    """Compare everything.
+
+    `bounds`: the longest recovery of each kind of fault, in seconds. `must_examine`: names of checks that must have had something to
+    look at; see EVERY_RUN.
+    """
     books = Books.of(evidence)
-    course = Course(evidence.struck, _waits(books), evidence.began, bounds, limits)
-    checks = tuple(_checks(evidence, books, course, limits))
-    doubts = tuple(_doubts(evidence, books, course, kinds_needed))
+    waits = _waits(books)
+    course = Course(evidence.struck, [(e.at, effect.at) for e, effect in waits], evidence.began, bounds, limits)
+    checks = tuple(_checks(evidence, books, course, waits))
+    doubts = (*_doubts(evidence, course, kinds_needed), *_examined(checks, must_examine, course))
     return Verdict(
         outcome=_outcome(checks, doubts),
         checks=checks,
@@ -58,6 +96,7 @@ class Books:
     again: list[Effect] = field(default_factory=list)  # effects of a token beyond its first
     effects: dict[Key, list[Effect]] = field(default_factory=dict)  # in the order of their positions
     published: dict[str, Witnessed] = field(default_factory=dict)  # token -> the first message of it
+    copies: list[Witnessed] = field(default_factory=list)  # messages of a token beyond its first
     out_of_turn: list[tuple[Witnessed, int]] = field(default_factory=list)  # first published after that number
 
     @classmethod
@@ -73,7 +112,9 @@ class Books:
                 books.applied[effect.token] = effect
         highest: dict[Key, int] = {}
         for message in evidence.witnessed:
-            if message.token not in books.published:
+            if message.token in books.published:
+                books.copies.append(message)
+            else:
                 books.published[message.token] = message
                 before = highest.get(message.key, 0)
                 if message.seq < before:
@@ -83,16 +124,19 @@ class Books:
         return books
 
 
-def _waits(books: Books) -> Iterator[tuple[float, float]]:
-    for token, event in books.committed.items():
-        if (effect := books.applied.get(token)) is not None:
-            yield event.at, effect.at
+def _waits(books: Books) -> list[Wait]:
+    """In the order of the commits."""
+    applied = ((event, books.applied.get(token)) for token, event in books.committed.items())
+    return sorted(((event, effect) for event, effect in applied if effect is not None), key=lambda wait: wait[0].at)
 
 
-def _checks(evidence: Evidence, books: Books, course: Course, limits: Limits) -> Iterator[Check]:
+def _checks(evidence: Evidence, books: Books, course: Course, waits: Sequence[Wait]) -> Iterator[Check]:
     def check(name: str, claim: str, examined: int, wrongs: Iterable[Wrong]) -> Check:
         return _check(name, claim, examined, wrongs, course.situation)
 
+    limits = course.limits
+    long_s = min(limits.quiet_wait_s, limits.fair_wait_s)
+    slow = [wait for wait in waits if wait[1].at - wait[0].at > long_s]
     events, effects, messages = len(evidence.committed), len(evidence.effects), len(evidence.witnessed)
     yield check("no loss", "every committed event has an effect", events, _lost(books))
     yield check(
@@ -131,11 +175,18 @@ def _checks(evidence: Evidence, books: Books, course: Course, limits: Limits) ->
     yield check(
         "single writer",
         "only the owner of the log moves its cursor",
-        1,
+        evidence.cursor_writes,
         [(stale, None)] if evidence.stale_checkpoints else (),
     )
     if evidence.strict:
         yield check("first publication", "events are first published in order", messages, _out_of_turn(books))
+    quiet_messages, quiet_wrongs = _quiet_copies(evidence, books, course)
+    yield check(
+        "quiet copies",
+        "while no fault is on or being recovered from, events are published once and in order",
+        quiet_messages,
+        quiet_wrongs,
+    )
     yield check("leftovers", "nothing is left over", len(_expected_leftovers(evidence)), _left(evidence))
     yield check("settled", "everything is applied in the time that recovery may take", 1, _unsettled(evidence))
     yield check(
@@ -148,12 +199,18 @@ def _checks(evidence: Evidence, books: Books, course: Course, limits: Limits) ->
         "waiting",
         f"no event waits longer than {limits.quiet_wait_s:g} s while no fault is on or being recovered from",
         len(course.committed),
-        waited(course, books.committed.values(), books.applied),
+        waited(course, slow),
     )
-    fair = list(unfair(evidence, course, books.committed.values(), books.applied))
+    yield check(
+        "held up",
+        f"no event waits longer than faults are on meanwhile, the longest of their bounds and {limits.quiet_wait_s:g} s",
+        len(course.committed),
+        held_up(course, slow),
+    )
+    fair = list(unfair(course, waits, slow))
     yield check(
         "fairness",
-        "a fault of one aggregate type does not slow down the others",
+        "a fault of one aggregate type, or of one aggregate, does not slow down the others, nor any one of them",
         len(fair),
         [(words, moment) for words, moment in fair if words],
     )
@@ -166,17 +223,42 @@ def _checks(evidence: Evidence, books: Books, course: Course, limits: Limits) ->
     yield check(
         "complaints",
         "no daemon writes a traceback or a warning of asyncio's",
-        1,
+        evidence.log_lines,
         ((line, None) for line in evidence.complaints),
+    )
+    yield check(
+        "exits",
+        "no daemon ends without a fault or a stop that explains it",
+        len(lives(evidence.samples)),
+        ((end, None) for end in evidence.exits),
+    )
+    yield check(
+        "promises",
+        "no fault has itself seen a promise broken",
+        len(evidence.struck),
+        ((f"{f.kind!r} saw: {f.broken}", f.healed) for f in evidence.struck if f.broken is not None),
+    )
+    known = sum(evidence.transactions.get(end, 0) for end in ("ok", "undone"))
+    yield check(
+        "known outcomes",
+        "what a producer knows to be committed is, and what it knows to be rolled back is not",
+        known,
+        ((f"the outcome of token {token} is another than its producer was told", None) for token in evidence.mistaken),
+    )
+    yield check(
+        "producers",
+        f"no more than {100 * limits.failed_share:g} % of the producers' transactions fail",
+        sum(evidence.transactions.values()),
+        _failed(evidence, limits),
     )
 
 
-def _doubts(evidence: Evidence, books: Books, course: Course, kinds_needed: int) -> Iterator[Check]:
+def _doubts(evidence: Evidence, course: Course, kinds_needed: int) -> Iterator[Check]:
     def doubt(name: str, claim: str, examined: int, wrongs: Iterable[Wrong]) -> Check:
         return _check(name, claim, examined, wrongs, course.situation)
 
     struck = evidence.struck
-    kinds = sorted({fault.kind for fault in struck if fault.bites})
+    kinds = sorted({fault.kind for fault in struck if fault.bites or fault.broken})
     yield doubt("load", "something was committed", 1, () if evidence.committed else [("no event was committed", None)])
     yield doubt(
         "injected",
@@ -188,20 +270,29 @@ def _doubts(evidence: Evidence, books: Books, course: Course, kinds_needed: int)
         "bitten",
         "every fault was seen to bite",
         len(struck),
-        ((f"nothing shows that {f.kind!r} did anything", f.begun) for f in struck if not f.bites and f.failure is None),
+        (
+            (f"nothing shows that {f.kind!r} did anything", f.begun)
+            for f in struck
+            if f.bites + (f.failure is not None) + (f.broken is not None) == 0
+        ),
     )
     few = f"{len(kinds)} kinds of fault have bitten, {kinds_needed} were asked for: {', '.join(kinds) or 'none'}"
     yield doubt("kinds", "enough kinds of fault have bitten", 1, [(few, None)] if len(kinds) < kinds_needed else ())
     yield doubt(
-        "evidence",
-        "the evidence does not contradict itself",
-        len(evidence.undone),
-        (
-            (f"{_name(event)} is said to be rolled back, and committed", event.at)
-            for token in evidence.undone
-            if (event := books.committed.get(token)) is not None
-        ),
+        "tasks told",
+        "every daemon tells its tasks",
+        len(lives(evidence.samples)),
+        silent(evidence.samples, course.limits),
     )
+
+
+def _examined(checks: Iterable[Check], must_examine: frozenset[str], course: Course) -> Iterator[Check]:
+    """A claim that was never put to the test is not shown to hold."""
+    idle = sorted(must_examine - {check.name for check in checks if check.examined})
+    wrongs = ((f"{name!r} had nothing to look at", None) for name in idle)
+    claim = "the checks that this profile promises had something to look at"
+    if must_examine:
+        yield _check("examined", claim, len(must_examine), wrongs, course.situation)
 
 
 def _outcome(checks: Iterable[Check], doubts: Iterable[Check]) -> Outcome:
@@ -348,6 +439,28 @@ def _out_of_turn(books: Books) -> Iterator[Wrong]:
         yield f"{_name(message)} was first published after number {before}", message.at
 
 
+def _quiet_copies(evidence: Evidence, books: Books, course: Course) -> tuple[int, list[Wrong]]:
+    """Messages that came in quiet times, and what is wrong with them: without a fault there is no reason to send anything again."""
+    quiet = Spans(course.surely_quiet())
+    times = sorted(message.at for message in evidence.witnessed)
+    examined = sum(bisect_right(times, end) - bisect_left(times, start) for start, end in quiet)
+    wrongs: list[Wrong] = [
+        (f"{_name(message)} was published again", message.at) for message in books.copies if message.at in quiet
+    ]
+    wrongs += [
+        (f"{_name(message)} was first published after number {before}", message.at)
+        for message, before in books.out_of_turn
+        if message.at in quiet
+    ]
+    return examined, wrongs
+
+
+def _failed(evidence: Evidence, limits: Limits) -> Iterator[Wrong]:
+    failed, tried = evidence.transactions.get("failed", 0), sum(evidence.transactions.values())
+    if failed > limits.failed_share * tried:
+        yield f"{failed} of {tried} transactions failed ({100 * failed / tried:.1f} %)", None
+
+
 def _expected_leftovers(evidence: Evidence) -> dict[str, tuple[int, int]]:
     """What it is -> (how many there are, how many are expected)."""
     left = evidence.leftovers
@@ -382,7 +495,9 @@ def _figures(evidence: Evidence, books: Books, course: Course) -> Figures:
         undone=len(evidence.undone),
         transactions=evidence.transactions.get("ok", 0),
         effects=len(evidence.effects),
-        copies=len(evidence.witnessed) - len(books.published),
+        disturbances=len(course.disturbances),
+        alone=sum(len(each.faults) == 1 for each in course.disturbances),
+        copies=len(books.copies),
         out_of_turn=len(books.out_of_turn),
         load_s=load_s,
         settle_s=None if evidence.settled is None else max(evidence.settled - evidence.ended, 0.0),

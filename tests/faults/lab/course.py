@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from tests.faults.lab.evidence import Struck
+from tests.faults.lab.spans import Span, Spans
 from tests.faults.lab.verdict import Limits, Recovery
-
-Span = tuple[float, float]
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -50,7 +49,7 @@ class Course:
     disturbances: list[Disturbance] = field(init=False)
     quiet: list[Span] = field(init=False)  # between the disturbances
     _applied_by: list[float] = field(init=False)  # when this event and all before it were
-    _quiet_before: list[float] = field(init=False)  # seconds of quiet before each span of it
+    _quiet_time: Spans = field(init=False)
 
     def __post_init__(self) -> None:
         waits = sorted(self.waits)
@@ -59,7 +58,7 @@ class Course:
         self._applied_by = list(accumulate((applied for _, applied in waits), max))
         self.disturbances = list(self._disturbances())
         self.quiet = list(self._quiet())
-        self._quiet_before = [0.0, *accumulate(end - start for start, end in self.quiet)]
+        self._quiet_time = Spans(self.quiet)
 
     def caught_up(self, moment: float) -> float:
         """When everything was applied that had been committed by `moment`."""
@@ -82,7 +81,7 @@ class Course:
 
     def quiet_between(self, start: float, end: float) -> float:
         """How many seconds of this time were quiet."""
-        return self._quiet_until(end) - self._quiet_until(start)
+        return self._quiet_time.between(start, end)
 
     def recoveries(self) -> tuple[Recovery, ...]:
         """One for each fault."""
@@ -93,12 +92,16 @@ class Course:
                 healed=fault.healed,
                 seconds=each.recovery_s,
                 bound_s=each.bound_s,
-                own_bound_s=self._bound_s(fault),
+                own_bound_s=self.bound_s(fault),
                 alone=len(each.faults) == 1,
             )
             for each in self.disturbances
             for fault in each.faults
         )
+
+    def bound_s(self, fault: Struck) -> float:
+        """How long its recovery may take."""
+        return self.recovery_s.get(fault.kind, self.limits.recovery_s)
 
     def situation(self, moment: float) -> str:
         """Which fault was on, in words."""
@@ -127,7 +130,7 @@ class Course:
 
     def _disturbance(self, faults: Sequence[Struck]) -> Disturbance:
         healed = max(fault.healed for fault in faults)
-        bound_s = max(map(self._bound_s, faults))
+        bound_s = max(map(self.bound_s, faults))
         calm = healed
         while (reached := self.caught_up(calm)) - calm > self.limits.calm_s and reached < healed + bound_s:
             calm = reached
@@ -140,9 +143,6 @@ class Course:
             calm=min(reached, healed + bound_s),
         )
 
-    def _bound_s(self, fault: Struck) -> float:
-        return self.recovery_s.get(fault.kind, self.limits.recovery_s)
-
     def _quiet(self) -> Iterator[Span]:
         start = self.began
         for each in self.disturbances:
@@ -150,10 +150,3 @@ class Course:
                 yield start, each.begun
             start = each.calm
         yield start, math.inf
-
-    def _quiet_until(self, moment: float) -> float:
-        number = bisect_right(self.quiet, (moment, math.inf)) - 1
-        if number < 0:
-            return 0.0
-        start, end = self.quiet[number]
-        return self._quiet_before[number] + min(moment, end) - start

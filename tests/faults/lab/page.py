@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tests.faults.lab.charts import Bar, Time, chart, clock, escaped, lanes
 from tests.faults.lab.evidence import Evidence, Struck
+from tests.faults.lab.spans import merged
 from tests.faults.lab.tally import Kind, backlog_line, by_kind, latency_lines, memory_lines
 from tests.faults.lab.verdict import Check, Recovery, Verdict
 from tests.faults.lab.words import figures, number, outcome, seconds
@@ -57,7 +58,7 @@ LEGEND = (
     ("bit", "has bitten"),
     ("confined", "has bitten, concerns one aggregate type alone"),
     ("toothless", "was not seen to bite"),
-    ("broken", "could not be injected"),
+    ("broken", "saw a promise broken, or could not be injected"),
 )
 
 
@@ -146,7 +147,9 @@ def _lanes(evidence: Evidence, verdict: Verdict) -> list[tuple[str, list[Bar]]]:
 
 
 def _bar(fault: Struck, recovery: Recovery | None, began: float) -> Bar:
-    look = "broken" if fault.failure is not None else "toothless" if not fault.bites else "bit"
+    look = (
+        "broken" if fault.failure is not None or fault.broken is not None else "toothless" if not fault.bites else "bit"
+    )
     if look == "bit" and fault.confined_to is not None:
         look = "confined"
     words = f"{fault.kind}, {clock(fault.begun - began)} to {clock(fault.healed - began)}, bites: {fault.bites}"
@@ -154,21 +157,10 @@ def _bar(fault: Struck, recovery: Recovery | None, began: float) -> Bar:
     if recovery is not None and recovery.alone:
         after += recovery.seconds
         words += f", recovered from in {seconds(recovery.seconds)}"
-    notes = (fault.failure, fault.note)
+    notes = (fault.broken, fault.failure, fault.note)
     return Bar(
         start=fault.begun, end=fault.healed, after=after, look=look, words=", ".join((words, *filter(None, notes)))
     )
-
-
-def merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same spans, without overlap."""
-    result: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((start, end))
-    return result
 
 
 def _kinds(kinds: Sequence[Kind]) -> str:
@@ -203,10 +195,10 @@ def _count(check: Check, look: str) -> str:
 
 
 def _notes(evidence: Evidence) -> str:
-    noted = [fault for fault in evidence.struck if fault.note or fault.failure]
+    noted = [fault for fault in evidence.struck if fault.broken or fault.note or fault.failure]
     rows = "".join(
         f'<tr><td class="n">{clock(fault.begun - evidence.began)}</td><td>{escaped(fault.kind)}</td>'
-        f"<td>{escaped(fault.failure or '')} {escaped(fault.note)}</td></tr>"
+        f"<td>{escaped(' '.join(filter(None, (fault.broken, fault.failure, fault.note))))}</td></tr>"
         for fault in noted
     )
     return f'<h2>Notes</h2><div class="card"><table>{_head("At#|Fault|")}{rows}</table></div>' if noted else ""

@@ -40,6 +40,8 @@ class Figures:
     undone: int  # events whose transaction was rolled back
     transactions: int  # committed ones, as far as the producers know
     effects: int
+    disturbances: int  # times that something was wrong: a fault, or several that followed closely
+    alone: int  # faults that no other overlapped, not even in its recovery
     copies: int  # messages at the broker beyond the first of each event: duplicates that the inbox had to drop
     out_of_turn: int  # events first published after a later one of their aggregate (see DESIGN G3)
     load_s: float
@@ -89,9 +91,15 @@ class Limits:
     calm_s: float = 1.0  # latency at which a fault counts as recovered from
     margin_s: float = 2.0  # this close to a disturbance, latencies are nobody's proof
     fair_factor: float = 2.0  # p99 of the others during a confined fault, over that of quiet times
-    fair_s: float = 2.0  # and in any case allowed
+    fair_s: float = 1.0  # and in any case allowed
+    fair_wait_s: float = 3.0  # that one event of the others may wait; twice the longest of quiet times, up to quiet_wait_s, is allowed too
     fair_events: int = 100  # fewer prove nothing
-    lifetime_s: float = 60.0  # of a process, before its growth is judged
+    failed_share: float = (
+        0.05  # of the producers' transactions: so many are explained by the faults that hit the producers
+    )
+    lifetime_s: float = 60.0  # of a process, before its growth is judged by itself
+    short_life_s: float = 20.0  # the growth of those that lived so long is judged together
+    warm_up_s: float = 6.0  # of each of those
     descriptors: Allowance = Allowance(growth=16, most=256)
     connections: Allowance = Allowance(growth=8, most=64)
     # A standby has 4, an idle owner 22; each message in flight is one.

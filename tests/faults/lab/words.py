@@ -56,5 +56,6 @@ def figures(evidence: Evidence, verdict: Verdict) -> list[tuple[str, str]]:
         ("quiet latency, 50 % / 99 %", f"{seconds(f.quiet_p50_s)} / {seconds(f.quiet_p99_s)}"),
         ("longest latency", seconds(f.longest_s)),
         ("faults / kinds that have bitten", f"{number(f.struck)} / {f.kinds}"),
+        ("disturbances / faults that stood alone", f"{f.disturbances} / {f.alone}"),
         ("worst recovery", seconds(f.worst_recovery_s)),
     ]
