@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,11 +208,12 @@ class Outbox:
 async def _waker(wakeup: Wakeup, stop: asyncio.Event, publisher: Publisher) -> AsyncIterator[None]:
     """Within it, a sleeping shard gets up when it is told to stop, and when the broker goes away."""
 
-    async def wake_after(event: Coroutine[Any, Any, object]) -> None:
-        await event
+    async def wake_after(event: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        # Called here and not by the caller: a session that ends at once cancels this before its first step.
+        await event()
         wakeup.interrupt()
 
-    tasks = [asyncio.create_task(wake_after(stop.wait())), asyncio.create_task(wake_after(publisher.wait_lost()))]
+    tasks = [asyncio.create_task(wake_after(stop.wait)), asyncio.create_task(wake_after(publisher.wait_lost))]
     try:
         yield
     finally:
