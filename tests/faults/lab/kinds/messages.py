@@ -129,20 +129,23 @@ async def stolen(stage: Stage, dice: random.Random) -> int:
         await asyncio.sleep(dice.uniform(0.3, 1))
         loot = [message for message in taken if message.type == "Booked"]
         ids = [message.message_id for message in loot]
-        (row,) = await stage.consumer_sql(DONE, ids)
+        done: list[int] = []
+
+        async def looked() -> bool:
+            done.append(int((await stage.consumer_sql(DONE, ids))[0]["count"]))
+            return True
+
+        if not await stage.until(looked, timeout_s=SEEN_S):
+            return 0
         for message in loot:
             await message.ack()
         # What is not of value is handed out again when we are gone.
-    before = int(row["count"])
-    after = before
 
     async def healed() -> bool:
-        nonlocal after
-        after = int((await stage.consumer_sql(DONE, ids))[0]["count"])
-        return after == len(set(ids))
+        return await looked() and done[-1] == len(set(ids))
 
     await stage.until(healed, timeout_s=HEALED_S, every_s=0.2)
-    return after - before
+    return done[-1] - done[0]
 
 
 @asynccontextmanager
