@@ -759,6 +759,17 @@ def test_a_fault_of_one_aggregate_may_hold_up_that_one() -> None:
     assert verdict(standing_still(60, 70, A1)(confined_to("account/a1")(GOOD))).outcome == "passed"
 
 
+def test_slow_quiet_times_do_not_allow_others_more_than_quiet_times_may_take() -> None:
+    slow = with_latency(80, 110, 4.9)(GOOD)
+    assert verdict(slow).outcome == "passed"
+    assert "fairness" in found(verdict(with_latency(60, 70, 6, A1, A2)(slow)))
+
+
+def test_a_promise_of_a_check_that_does_not_exist_is_kept_by_none() -> None:
+    judged = verdict(GOOD, frozenset({"order", "no such check"}))
+    assert (judged.outcome, found(judged)) == ("inconclusive", {"examined": 1})
+
+
 def test_a_confined_fault_may_hold_up_its_own_type() -> None:
     assert verdict(with_latency(60, 70, 9, LONELY)(GOOD)).outcome == "passed"
 

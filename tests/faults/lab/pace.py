@@ -68,7 +68,7 @@ def unfair(course: Course, waits: Sequence[Wait], slow: Sequence[Wait]) -> Itera
     """
     limits, usual = course.limits, course.latencies_in(course.surely_quiet())
     usual_s = percentile(usual, 0.99) or 0.0
-    allowed_s = max(limits.fair_factor * usual_s, limits.fair_s)
+    allowed_s = min(max(limits.fair_factor * usual_s, limits.fair_s), limits.quiet_wait_s)
     longest_s = min(max(limits.fair_factor * max(usual, default=0.0), limits.fair_wait_s), limits.quiet_wait_s)
     keys = {event.key for event, _ in waits}
     for victim in sorted({fault.confined_to for fault in course.struck if fault.confined_to is not None}):
