@@ -654,9 +654,9 @@ def test_built_answers_are_what_pamqp_reads() -> None:
         assert method.multiple is (kind == "Basic.Ack")  # type: ignore[union-attr]
 
 
-def publish(channel: int, message_id: str, content: bytes = b"") -> bytes:
+def publish(channel: int, message_id: str, content: bytes = b"", exchange: str = "e") -> bytes:
     parts: list[Any] = [
-        commands.Basic.Publish(exchange="e", routing_key="k"),
+        commands.Basic.Publish(exchange=exchange, routing_key="k"),
         header.ContentHeader(body_size=len(content), properties=commands.Basic.Properties(message_id=message_id)),
     ]
     return b"".join(
@@ -732,6 +732,50 @@ async def test_an_ack_that_overtook_another_is_never_turned_into_a_multiple_nack
         assert answers(link.from_server(frames.ack(1, 1))) == [("Basic.Nack", 1, True)]
         assert answers(link.from_server(frames.ack(1, 0, multiple=True))) == [("Basic.Nack", 3, True)]
     assert bites.count == 2
+
+
+async def test_a_lie_about_one_exchange_spares_and_does_not_count_what_went_to_another() -> None:
+    proxy = AmqpProxy(0)
+    link = confirming_link(proxy, "event", "event too")
+    link.from_client(publish(1, "mark", exchange="other"))
+    async with proxy.acks_as_nacks(share=1, about="e") as nacks:
+        got = answers(link.from_server(frames.ack(1, 3, multiple=True)))
+    assert (got[:2], nacks.count) == ([("Basic.Nack", 1, False), ("Basic.Nack", 2, False)], 2)
+    link.from_client(publish(1, "mark", exchange="other") + publish(1, "event"))
+    async with proxy.dropping_acks(about="e") as dropped:
+        assert link.from_server(frames.ack(1, 4) + frames.ack(1, 5)) == b""
+    assert dropped.count == 1, "both are dropped, and only the event counts"
+    link.from_client(publish(1, "mark", exchange="other") + publish(1, "event"))
+    async with proxy.cutting_at_ack(about="e") as cuts:
+        assert answers(link.from_server(frames.ack(1, 6))) == [("Basic.Ack", 6, False)]
+        assert (link.doomed, cuts.count) == (None, 0)
+        assert link.from_server(frames.ack(1, 7)) == b""
+    assert (link.doomed, cuts.count) == ("reset", 1)
+    other = AmqpLink(proxy)
+    async with proxy.cutting_inside_publish(about="e") as cuts:
+        mark = publish(1, "mark", exchange="other")
+        assert other.from_client(mark) == mark
+        assert other.from_client(event := publish(1, "event", b"content")) != event
+    assert cuts.count == 1
+
+
+def test_a_watch_counts_what_is_handed_out_while_it_lasts_and_tells_redeliveries_apart() -> None:
+    def deliver(message_id: str, *, redelivered: bool) -> bytes:
+        parts = (
+            commands.Basic.Deliver("consumer", 1, redelivered, "e", "k"),
+            header.ContentHeader(body_size=0, properties=commands.Basic.Properties(message_id=message_id)),
+        )
+        return b"".join(pamqp.frame.marshal(part, 1) for part in parts)
+
+    proxy = AmqpProxy(0)
+    link = AmqpLink(proxy)
+    link.from_server(deliver("before", redelivered=True))
+    with proxy.watching() as watch:
+        link.from_server(
+            deliver("a", redelivered=False) + deliver("a", redelivered=True) + deliver("b", redelivered=True)
+        )
+    link.from_server(deliver("after", redelivered=False))
+    assert (watch.first, watch.again) == ({"a": 1}, {"a": 1, "b": 1})
 
 
 def test_what_is_no_amqp_passes_unread() -> None:
