@@ -16,8 +16,16 @@ import pytest
 from relay.inbox import Inbox
 from relay.sandbox import Postgres, RabbitMQ
 from relay.settings import Settings
-from tests.faults.shop import CONSUMER_TABLES, PRODUCER_TABLES, applied_count, effects_inbox, judge, keep_booking
-from tests.harness.audit import EXCHANGE, audit
+from tests.faults.shop import (
+    CONSUMER_TABLES,
+    PRODUCER_TABLES,
+    applied_count,
+    declare_queue,
+    effects_inbox,
+    judge,
+    keep_booking,
+)
+from tests.harness.audit import EXCHANGE
 from tests.harness.outbox import RelayProcess, connected, insert, outbox_running, settings_for, until
 
 KILLS = 20
@@ -33,12 +41,16 @@ def consumer_database(postgres: Postgres, template_database: str) -> Any:
     postgres.drop_database(name)
 
 
-async def prepare(database: str, consumer_database: str, broker: str) -> None:
-    """The services' own tables, and a queue of an independent witness, which nobody reads until the end."""
+async def prepare(database: str, consumer_database: str) -> None:
+    """The services' own tables."""
     async with connected(database) as db:
         await db.execute(PRODUCER_TABLES)
     async with connected(consumer_database) as db:
         await db.execute(CONSUMER_TABLES)
+
+
+async def declare_witness(broker: str) -> None:
+    """A queue of an independent witness, which takes everything and is not read until the end."""
     connection = await aio_pika.connect(broker)
     async with connection:
         channel = await connection.channel()
@@ -104,7 +116,7 @@ async def kill_relays(settings: Settings, database: str, seed: int, kills: int) 
         assert relay.process.returncode == -9
 
 
-@pytest.mark.parametrize("competing", [1, 4])
+@pytest.mark.parametrize("competing", [pytest.param(1, marks=pytest.mark.soak), 4])
 async def test_20_kills_two_broker_restarts_and_a_database_restart_cost_nothing(
     database: str, consumer_database: str, broker: str, postgres: Postgres, rabbitmq: RabbitMQ, competing: int
 ) -> None:
@@ -117,7 +129,8 @@ async def test_20_kills_two_broker_restarts_and_a_database_restart_cost_nothing(
         daemon__log_level="error",
     )
     inbox_settings = settings_for(consumer_database, broker, inbox__bindings=("account.#",), daemon__log_level="error")
-    await prepare(database, consumer_database, broker)
+    await prepare(database, consumer_database)
+    await declare_witness(broker)
     stop = asyncio.Event()
     async with consumers(effects_inbox(), inbox_settings, competing):
         producers = [
@@ -151,10 +164,8 @@ async def test_a_poison_handler_and_an_unroutable_type_hold_only_their_own_aggre
     inbox_settings = settings_for(
         consumer_database, broker, inbox__bindings=("account.#",), inbox__retry_first_s=300, daemon__log_level="error"
     )
-    await prepare(database, consumer_database, broker)
-    async with audit(broker) as witness:  # the witness that takes everything must not route the ghosts
-        await (await witness.channel.get_queue("witness")).delete(if_unused=False, if_empty=False)
-        await witness.queue.delete(if_unused=False, if_empty=False)
+    await prepare(database, consumer_database)
+    await declare_queue(inbox_settings)  # bound before the relay starts: only the ghosts are to be unroutable
     stop = asyncio.Event()
     async with consumers(effects_inbox(poison="a7"), inbox_settings, 1), outbox_running(settings):
         producers = [
