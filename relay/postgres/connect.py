@@ -21,14 +21,12 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 CLOSE_TIMEOUT_S = 2.0
 """Longest goodbye; after it the socket is cut. A peer that is gone would keep us for the kernel's keepalive otherwise."""
 
-_KEEPALIVE = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000),  # ms
-)
-"""Our end of a dead peer: a connection that only listens, or waits for the next message, would not notice it by itself."""
+_KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))  # macOS has no TCP_KEEPIDLE
+"""Our end of a dead peer: a connection that only listens, or waits for the next message, would not notice it by itself.
+
+Without TCP_USER_TIMEOUT: Linux applies it to a peer that is alive and does not read as well, as a backend that waits for a row
+lock in the middle of a handler's COPY or executemany. A dead peer with something under way is found by our own time-outs.
+"""
 
 _SESSION = {
     # The server's end of a dead peer: its backend, and the locks it holds, must be gone in seconds, not in two hours.
@@ -75,8 +73,8 @@ async def connect(
                 server_settings={"application_name": application},
             )
     try:
-        _keep_alive(connection)
         with postgres_errors():
+            _keep_alive(connection)
             await _refuse_pooler(connection)
             await _set_session(connection, plans)
     except BaseException:
@@ -137,8 +135,10 @@ def _keep_alive(connection: Connection) -> None:
     """By itself asyncpg sets TCP_NODELAY and no more; its transport, which is private, is the only way to its socket."""
     sock = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
     if sock.family != socket.AF_UNIX:
-        for level, option, value in _KEEPALIVE:
-            sock.setsockopt(level, option, value)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE:
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _refuse_pooler(connection: Connection) -> None:

@@ -29,6 +29,10 @@ _CUT_S = 1.0
 """Longest wait for aiormq to notice that its socket was cut: a few turns of the loop, or something is wrong with it."""
 
 _USER_TIMEOUT_MS = 15_000
+"""Longest time for the peer to acknowledge bytes. Linux ends by it a healthy connection too, whose broker has an alarm and reads
+nothing while more than the sockets hold is on its way. That is one paced reconnect earlier than `outbox.confirm_timeout_s` would
+bring, and no message is to blame for it."""
+
 _NO_VHOST = (
     "the virtual host does not exist, the user may not use it, or its limit of connections is reached "
     "(RabbitMQ's own log says which: aiormq keeps its answer to itself)"
@@ -48,7 +52,8 @@ class _Transport(aiormq.TransportFactory):
         reader, self.writer = await self._inner.create(url, **kwargs)
         sock = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
         return reader, self.writer
 
 

@@ -300,3 +300,9 @@ class TestP:
             assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             assert 5_000 <= found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 30_000
             assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+    async def test_what_a_platform_does_not_have_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """macOS has no TCP_USER_TIMEOUT."""
+        monkeypatch.delattr(socket, "TCP_USER_TIMEOUT")
+        async with stub_broker() as broker, consumer_of(broker):
+            assert broker.client_sockets() == 1

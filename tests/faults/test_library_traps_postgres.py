@@ -10,8 +10,8 @@ import asyncio
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -207,7 +207,47 @@ class TestP:
                 for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
             )
             assert idle + interval * count <= 15
-            assert option(opened, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+
+    async def test_a_peer_that_is_alive_and_does_not_read_keeps_its_connection(self) -> None:
+        """As a backend that waits for a row lock while a handler's COPY goes on. TCP_USER_TIMEOUT would count that as death."""
+        with zero_window() as (ours, their_end), zero_window() as (other, _):
+            connecting._keep_alive(on(ours))
+            assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+            other.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
+            loop = asyncio.get_running_loop()
+            waiting = asyncio.create_task(loop.sock_sendall(ours, MEGABYTES))
+            async with asyncio.timeout(10):
+                with pytest.raises(TimeoutError, match="timed out"):  # the kernel's, ETIMEDOUT
+                    await loop.sock_sendall(other, MEGABYTES)
+            assert not waiting.done()
+            received = 0
+            async with asyncio.timeout(10):
+                while received < len(MEGABYTES):
+                    received += len(await loop.sock_recv(their_end, 1_000_000))
+                await waiting
+
+    async def test_a_socket_that_is_gone_already_is_told_as_an_unavailable_server(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A raw OSError would end the process."""
+        real = connecting._keep_alive
+
+        def on_a_closed_socket(opened: Connection) -> None:
+            opened._transport.get_extra_info("socket")._sock.close()  # type: ignore[attr-defined]
+            real(opened)
+
+        monkeypatch.setattr(connecting, "_keep_alive", on_a_closed_socket)
+        with pytest.raises(PostgresUnavailable, match="Bad file descriptor"):
+            await connect(PostgresSettings(dsn=database), application="traps")
+
+    async def test_what_a_platform_does_not_have_is_left_out(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """macOS has no TCP_KEEPIDLE."""
+        monkeypatch.delattr(socket, "TCP_KEEPIDLE")
+        async with session(database) as opened:
+            assert option(opened, socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert option(opened, socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 2
 
     async def test_the_servers_end_notices_a_dead_client_in_seconds(self, database: str) -> None:
         """So that the lock of an owner whose machine is gone is free for the standby."""
@@ -223,19 +263,41 @@ class TestP:
             }
         assert list(shown.values()) == ["5", "2", "3", "10000"]
 
-    async def test_a_unix_socket_needs_none_of_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_unix_socket_needs_none_of_it(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX)
-
-        class Transport:
-            def get_extra_info(self, _name: str) -> socket.socket:
-                return ours
-
-        class Opened:
-            _transport = Transport()
-
-        connecting._keep_alive(Opened())  # type: ignore[arg-type]
+        connecting._keep_alive(on(ours))
         ours.close()
         theirs.close()
+
+
+MEGABYTES = bytes(20_000_000)
+"""More than the sockets of both ends hold."""
+
+
+@contextmanager
+def zero_window() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection; the second has room for nearly nothing."""
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        with socket.create_connection(listening.getsockname()) as ours, listening.accept()[0] as theirs:
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            yield ours, theirs
+
+
+def on(sock: socket.socket) -> Connection:
+    """What `_keep_alive` sees of a connection."""
+
+    class Transport:
+        def get_extra_info(self, _name: str) -> socket.socket:
+            return sock
+
+    class Opened:
+        _transport = Transport()
+
+    return cast(Connection, Opened())
 
 
 def option(opened: Connection, level: int, name: int) -> int:

@@ -302,6 +302,19 @@ class TestC:
             assert outcomes == [Unknown(str(publisher.lost), timed_out=True)] * 3
             assert not broker.last.published, "it was read: nothing is proved"
 
+    async def test_a_kernel_that_ends_a_blocked_session_with_full_sockets_blames_no_message(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """TCP_USER_TIMEOUT counts a broker with an alarm, which reads nothing, as dead. It is a reconnect, and no more than that."""
+        monkeypatch.setattr(session, "_USER_TIMEOUT_MS", 1000)
+        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=60) as publisher:
+            broker.last.block()
+            async with asyncio.timeout(10):
+                outcomes = await publisher.publish([message(f"m{n}", body=MEGABYTE * 8) for n in range(3)])
+            assert [isinstance(o, Unknown) and not o.timed_out for o in outcomes] == [True] * 3
+            assert "Connection timed out" in str(publisher.lost)
+            assert not publisher.message_is_suspect
+
     async def test_a_library_that_swallows_every_cancellation_for_a_while_cannot_confirm_late(self) -> None:
         """An answer after the time-out changes nothing: the session is over, and its messages are published again."""
         async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.1) as publisher:
