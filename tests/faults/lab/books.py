@@ -14,6 +14,8 @@ class Books:
 
     committed: dict[str, Committed]
     numbers: dict[Key, list[int]]  # that were committed
+    effects_of: list[tuple[Effect, Committed | None]]  # each with its event
+    messages_of: list[tuple[Witnessed, Committed | None]]
     applied: dict[str, Effect] = field(default_factory=dict)  # token -> its first effect
     again: list[Effect] = field(default_factory=list)  # effects of a token beyond its first
     effects: dict[Key, list[Effect]] = field(default_factory=dict)  # in the order of their positions
@@ -23,7 +25,13 @@ class Books:
 
     @classmethod
     def of(cls, evidence: Evidence) -> Books:
-        books = cls(committed={c.token: c for c in evidence.committed}, numbers={})
+        committed = {event.token: event for event in evidence.committed}
+        books = cls(
+            committed=committed,
+            numbers={},
+            effects_of=[(effect, committed.get(effect.token)) for effect in evidence.effects],
+            messages_of=[(message, committed.get(message.token)) for message in evidence.witnessed],
+        )
         for event in evidence.committed:
             books.numbers.setdefault(event.key, []).append(event.seq)
         for effect in sorted(evidence.effects, key=lambda effect: effect.position):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tests.faults.lab.books import Books
 from tests.faults.lab.course import Course
@@ -13,6 +13,9 @@ from tests.faults.lab.verdict import Limits
 
 Wrong = tuple[str, float | None]
 """What is wrong, in words, and the moment that it was wrong at; None: at no moment that a fault could be named for."""
+
+
+Both = tuple[tuple[str, Sequence[tuple[Effect | Witnessed, Committed | None]]], ...]
 
 
 def name(it: Committed | Effect | Witnessed) -> str:
@@ -37,9 +40,10 @@ def lost(books: Books) -> Iterator[Wrong]:
 
 
 def phantoms(evidence: Evidence, books: Books) -> Iterator[Wrong]:
-    for what, found in (("applied", evidence.effects), ("published", evidence.witnessed)):
-        for it in found:
-            if it.token not in books.committed:
+    both: Both = (("applied", books.effects_of), ("published", books.messages_of))
+    for what, found in both:
+        for it, event in found:
+            if event is None:
                 why = "its transaction was rolled back" if it.token in evidence.undone else "nobody committed it"
                 yield f"{name(it)} was {what}, but {why}", it.at
 
@@ -90,9 +94,8 @@ def misnumbered(books: Books) -> Iterator[Wrong]:
                     break  # all after it are shifted
 
 
-def altered(evidence: Evidence, books: Books) -> Iterator[Wrong]:
-    for effect in evidence.effects:
-        event = books.committed.get(effect.token)
+def altered(books: Books) -> Iterator[Wrong]:
+    for effect, event in books.effects_of:
         if event is None:
             continue
         if effect.sha != event.sha or effect.amount != event.amount:
@@ -102,18 +105,18 @@ def altered(evidence: Evidence, books: Books) -> Iterator[Wrong]:
             )
         elif effect.key != event.key or effect.seq != event.seq:
             yield f"{name(effect)} was applied, but it was committed as {name(event)}", effect.at
-    for message in evidence.witnessed:
-        event = books.committed.get(message.token)
+    for message, event in books.messages_of:
         if event is not None and (message.key != event.key or message.seq != event.seq):
             yield f"{name(message)} was published, but it was committed as {name(event)}", message.at
 
 
-def misnamed(evidence: Evidence, books: Books) -> Iterator[Wrong]:
+def misnamed(books: Books) -> Iterator[Wrong]:
     ids: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for where, found in (("published", evidence.witnessed), ("applied", evidence.effects)):
-        for it in found:
-            if it.token in books.committed:
+    both: Both = (("published", books.messages_of), ("applied", books.effects_of))
+    for where, found in both:
+        for it, event in found:
+            if event is not None:
                 known = ids.setdefault(it.token, it.message_id)
                 owner = owners.setdefault(it.message_id, it.token)
                 if known != it.message_id:
