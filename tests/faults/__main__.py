@@ -27,6 +27,11 @@ EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 2}
 @click.option("--postgres", help="Major version of the servers: 15, 18. Default: the first that is found.")
 @click.option("--kinds", help="Only these faults, with commas between them.")
 @click.option(
+    "--repair/--no-repair",
+    default=True,
+    help="Without repair nothing heals what another mistake has lost; faults that lose messages are left out.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for report, history and logs. Default: a fresh one."
 )
 def main(

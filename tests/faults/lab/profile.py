@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.faults.lab.checker import EVERY_RUN
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -22,6 +24,7 @@ class Profile:
     quiet_s: float = 10.0  # load without faults, before and after
     settle_s: float = 90.0  # longest time from the end of the load until everything is applied
     smoke: bool = False  # only the faults that are marked so
+    examines: frozenset[str] = EVERY_RUN  # checks that must have had something to look at, or the run is inconclusive
 
 
 PROFILES = {
@@ -46,6 +49,7 @@ PROFILES = {
         at_once=2,
         alone=0.6,
         kinds_needed=25,
+        examines=EVERY_RUN | {"fairness"},
         quiet_s=20,
     ),
     "soak": Profile(
@@ -57,10 +61,20 @@ PROFILES = {
         at_once=2,
         alone=0.6,
         kinds_needed=25,
+        examines=EVERY_RUN | {"fairness"},
         quiet_s=60,
     ),
     "custom": Profile(
-        name="custom", seconds=0, rate=150, producers=4, gap_s=1, at_once=1, alone=1, kinds_needed=1, quiet_s=3
+        name="custom",
+        seconds=0,
+        rate=150,
+        producers=4,
+        gap_s=1,
+        at_once=1,
+        alone=1,
+        kinds_needed=1,
+        quiet_s=3,
+        examines=frozenset(),
     ),
 }
 

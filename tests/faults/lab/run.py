@@ -53,8 +53,9 @@ async def run(options: Options, tell: Tell) -> Result:
             evidence = await _work(stage, faults, options, tell)
     verdict = judge(
         evidence,
-        kinds_needed=min(options.profile.kinds_needed, len(faults)),
+        kinds_needed=1 if options.kinds else options.profile.kinds_needed,
         bounds={f.kind: f.recovery_s for f in faults},
+        must_examine=frozenset() if options.kinds else options.profile.examines,
     )
     text = as_text(evidence, verdict)
     (folder / "report.txt").write_text(text)
