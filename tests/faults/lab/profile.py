@@ -35,9 +35,9 @@ PROFILES = {
         producers=4,
         gap_s=1,
         at_once=2,
-        alone=0.3,
+        alone=0.6,
         kinds_needed=12,
-        quiet_s=4,
+        quiet_s=10,
         smoke=True,
     ),
     "standard": Profile(
