@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-WIDTH, LEFT, RIGHT = 1080, 240, 14
+WIDTH, LEFT, RIGHT = 1180, 345, 14
 LANE, CHART, FOOT = 19, 130, 22
 """Heights: one lane, one chart, the axis under it."""
 
