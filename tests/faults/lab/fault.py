@@ -26,6 +26,7 @@ class Fault:
     confined_to: str | None
     recovery_s: float  # longest time from its heal to the last effect of what was committed before
     loses: bool  # takes messages from the broker for good: only repair brings them back
+    needs_repair: bool  # breaks what there is only for repair, or shows itself by that
     needs: Callable[[], bool]  # False: this machine cannot do it (a program is missing)
 
 
@@ -45,6 +46,7 @@ def fault(
     confined_to: str | None = None,
     recovery_s: float = 15.0,
     loses: bool = False,
+    needs_repair: bool = False,
     needs: Callable[[], bool] = lambda: True,
 ) -> Callable[[Act], Act]:
     """Put an act into the catalogue under its kind.
@@ -64,6 +66,7 @@ def fault(
             confined_to=confined_to,
             recovery_s=recovery_s,
             loses=loses,
+            needs_repair=needs_repair,
             needs=needs,
         )
         return act

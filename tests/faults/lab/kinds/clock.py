@@ -39,6 +39,7 @@ def library() -> Path | None:
     "relay's clock jumps",
     rows=(33,),
     touches=("relay", "relay-amqp", "relay-pg", "producer-db"),
+    needs_repair=True,  # of the marks
     needs=lambda: library() is not None,
 )
 async def relay_clock_jumps(stage: Stage, dice: random.Random) -> int:

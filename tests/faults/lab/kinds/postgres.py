@@ -112,7 +112,7 @@ async def reader_terminated(stage: Stage, dice: random.Random) -> int:
     return await _owners_ended(stage, dice, lambda: stage.producer_sql(TERMINATE, ["relay reader 0"]))
 
 
-@fault("sessions of the relay's services terminated", rows=(13,), touches=("relay-pg",))
+@fault("sessions of the relay's services terminated", rows=(13,), touches=("relay-pg",), needs_repair=True)
 async def services_terminated(stage: Stage, dice: random.Random) -> int:
     """Marks, repair and retention lose their sessions again and again; the pipeline must not notice."""
     services = ["relay marks", "relay repair", "relay retention"]
