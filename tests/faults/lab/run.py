@@ -70,7 +70,11 @@ def chosen(options: Options) -> list[Fault]:
     if options.kinds:
         return [CATALOGUE[kind] for kind in options.kinds]
     return [
-        fault for _, fault in sorted(CATALOGUE.items()) if (fault.smoke or not options.profile.smoke) and fault.needs()
+        fault
+        for _, fault in sorted(CATALOGUE.items())
+        if (fault.smoke or not options.profile.smoke)
+        and (options.repair or not (fault.loses or fault.needs_repair))
+        and fault.needs()
     ]
 
 
