@@ -9,7 +9,7 @@ import pytest
 from relay.errors import SandboxError
 from relay.sandbox.postgres_binaries import find_postgres_binaries
 from tests.faults.lab.profile import PROFILES, Options
-from tests.faults.lab.run import run
+from tests.faults.lab.run import chosen, run
 
 SEED = 4
 
@@ -31,3 +31,11 @@ async def test_nothing_is_lost_doubled_or_swapped_whatever_breaks(version: str, 
     options = Options(profile=PROFILES["smoke"], seed=SEED, postgres=version, repair=repair, folder=tmp_path)
     result = await run(options, print)
     assert result.verdict.outcome == "passed", result.text
+
+
+def test_a_run_without_repair_leaves_out_the_faults_that_only_repair_can_heal() -> None:
+    standard = PROFILES["standard"]
+    with_it = {fault.kind for fault in chosen(Options(profile=standard, seed=1))}
+    without = {fault.kind for fault in chosen(Options(profile=standard, seed=1, repair=False))}
+    assert {"queue purged", "queue deleted", "messages stolen for good"} <= with_it - without
+    assert len(without) >= standard.kinds_needed
