@@ -34,6 +34,9 @@ _COMPLAINT = re.compile(
 _LIBRARIES = ("aiormq", "aio_pika")
 """They log the end of a connection with a traceback: that is their word for it, not a defect."""
 
+_ASYNCPGS_OWN = "unexpected connection_lost() call"
+"""Of a connect that was given up by its time-out when the socket broke: a future inside asyncpg that nobody can retrieve from outside."""
+
 RIGHTS_MISSING = 4
 """Exit code of a daemon that is started while its rights or its password are taken away: a supervisor starts it again."""
 
@@ -112,7 +115,7 @@ def log_lines(daemons: Sequence[Daemon]) -> Iterator[tuple[str, str]]:
 
 def is_complaint(line: str) -> bool:
     """True for what no daemon should ever write: an exception that nobody expected, told by itself or inside a line of the log."""
-    if not _COMPLAINT.search(line):
+    if not _COMPLAINT.search(line) or _ASYNCPGS_OWN in line:
         return False
     if line.startswith("{"):
         with suppress(ValueError):

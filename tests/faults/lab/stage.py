@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import aio_pika
+import aiormq.exceptions
 import asyncpg
 
 from relay.errors import SandboxError
@@ -293,21 +295,25 @@ def make_broker_users(broker: SandboxRabbitMQ, password: str) -> None:
 
 async def _until_at_work(stage: Stage) -> None:
     """An owner of the log, and both consumers on the queue."""
-
-    async def consumed() -> bool:
-        found = await asyncio.to_thread(
-            stage.broker.management().request, "GET", "/api/queues/%2F/effects", missing_is_fine=True
-        )
-        return b'"consumers":2' in found
-
     try:
         await stage.owner()
-        at_work = await stage.until(consumed, timeout_s=START_TIMEOUT_S)
+        at_work = await stage.until(lambda: both_consume(stage), timeout_s=START_TIMEOUT_S)
     except TimeoutError:
         at_work = False
     if not at_work:
         words = "\n".join(f"--- {d.name}\n{d.log_since(0)[-2000:]}" for d in stage.daemons)
         raise SandboxError(f"the daemons are not at work after {START_TIMEOUT_S:g} s\n{words}")
+
+
+async def both_consume(stage: Stage) -> bool:
+    """True when the queue effects has both consumers. Asks the queue: the management's figures are seconds old."""
+    try:
+        async with await aio_pika.connect(stage.broker.url(), timeout=5) as connection:
+            channel = await connection.channel()
+            declared = await channel.declare_queue("effects", passive=True)
+    except aiormq.exceptions.AMQPError:
+        return False
+    return declared.declaration_result.consumer_count == len(stage.consumers)
 
 
 @asynccontextmanager

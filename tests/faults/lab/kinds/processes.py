@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.fault import Broken, fault
-from tests.faults.lab.stage import Stage
+from tests.faults.lab.stage import Stage, both_consume
 
 KILLED = -signal.SIGKILL
 TAKEOVER_S = 30.0
@@ -175,6 +175,7 @@ async def consumers_stalled_for_long(stage: Stage, dice: random.Random) -> int:
     """RabbitMQ cuts both off and hands their messages out again; what they acknowledge afterwards is void."""
     for consumer in stage.consumers:
         await at_work(stage, consumer)
+    await stage.until(lambda: both_consume(stage), timeout_s=30)  # who is only just connecting cannot be cut off
     mark = stage.broker.log.stat().st_size
     stood = await _stalled(stage.consumers, dice.uniform(HEARTBEATS_S, HEARTBEATS_S + 2))
     return _count_since(stage.broker.log, mark, "missed heartbeats from client") if stood else 0
