@@ -57,7 +57,10 @@ class KeptProcess:
     @property
     def running(self) -> bool:
         """True until the command and all its descendants have ended."""
-        return self._keeper.poll() is None
+        if self._keeper.poll() is None:
+            return True
+        self._close_commands()  # also of one that ended by itself, for which nobody waits
+        return False
 
     def signal(self, number: int) -> None:
         """Send a signal to the command itself. Does nothing when it has already ended."""

@@ -16,6 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from relay.daemon import Outbox
+from relay.errors import SandboxError
 from relay.postgres.migrate import migrate
 from relay.sandbox import SandboxPostgres
 from tests.faults.own_servers import postgres_version
@@ -144,5 +145,5 @@ def revive(server: SandboxPostgres) -> None:
     """After a panic PostgreSQL restarts itself, or cannot and ends: then somebody starts it."""
     try:
         server.restart("immediate")
-    except Exception:  # noqa: BLE001 - it had ended already
+    except SandboxError:  # it had ended already
         server.start_again()
