@@ -15,7 +15,7 @@ from aiormq.abc import AbstractChannel
 from relay.errors import SandboxError
 from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.kinds.processes import frozen
-from tests.faults.lab.stage import BROKER_USERS, Stage
+from tests.faults.lab.stage import BROKER_USERS, Stage, both_consume
 
 QUEUE = "effects"
 RELAY_USER, CONSUMER_USER = BROKER_USERS
@@ -70,9 +70,7 @@ async def all_at_work(stage: Stage) -> None:
     before = stage.relay_amqp.seen["publish"]
 
     async def at_work() -> bool:
-        async with channel_to(stage) as channel:
-            consuming = (await channel.queue_declare(QUEUE, passive=True)).consumer_count == len(stage.consumers)
-        return consuming and stage.relay_amqp.seen["publish"] > before
+        return await both_consume(stage) and stage.relay_amqp.seen["publish"] > before
 
     await require(stage, at_work, "relay and consumers are not at work", 40)
 

@@ -91,7 +91,7 @@ class Nemesis:
     async def _strike(self, fault: Fault, dice: random.Random) -> None:
         begun = time.time()
         self.tell(f"+ {fault.kind}")
-        bites, failure, broken = 0, None, None
+        attempt, bites, failure, broken = 0, 0, None, None
         for attempt in range(ATTEMPTS):
             self.stage.history.record("fault_begun", kind=fault.kind, attempt=attempt)
             try:
@@ -114,6 +114,7 @@ class Nemesis:
                 confined_to=fault.confined_to,
                 failure=failure,
                 broken=broken,
+                note=f"bit only at attempt {attempt + 1}" if attempt and bites else "",
             )
         )
         outcome = f"BROKEN {broken}" if broken else f"bitten {bites} times" if bites else f"NOT BITTEN {failure or ''}"

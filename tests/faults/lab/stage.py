@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -89,7 +89,6 @@ class Stage:
     applied: int = 0
     expected_conflicts: int = 0  # forged messages that faults sent
     expected_strangers: int = 0
-    restore_hooks: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     @property
     def daemons(self) -> tuple[Daemon, ...]:

@@ -50,6 +50,11 @@ LARGE, LARGE_BYTES = 0.002, 300_000
 PATIENCE_S = 20.0
 """Longest that a producer waits for one transaction, as a careful application would."""
 
+
+class OutcomeUnknown(ConnectionError):
+    """A transaction failed at its COMMIT: it may have been committed."""
+
+
 _FAILURES = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
@@ -143,7 +148,7 @@ class _Producer:
             async with asyncio.timeout(PATIENCE_S):
                 outcome = await self._transaction(connection, bookings)
         except _FAILURES as exc:
-            outcome = "unknown" if getattr(exc, "at_commit", False) else "failed"
+            outcome = "unknown" if isinstance(exc, OutcomeUnknown) else "failed"
             raise
         finally:
             workload.outcomes[outcome] += 1
@@ -180,11 +185,11 @@ class _Producer:
             await asyncio.sleep(0)  # written, not answered
             connection.terminate()
             await asyncio.gather(committing, return_exceptions=True)
-            raise _mark(ConnectionAbortedError("cut while its COMMIT was on the way"))
+            raise OutcomeUnknown("cut while its COMMIT was on the way")
         try:
             await transaction.commit()
         except _FAILURES as exc:
-            raise _mark(exc) from None
+            raise OutcomeUnknown(f"{type(exc).__name__} at COMMIT") from exc
         self._workload.known["ok"] |= tokens
         return "ok"
 
@@ -209,12 +214,6 @@ class _Producer:
         (kind,) = dice.choices(list(SHARES), list(SHARES.values()))
         number = dice.randrange(HOT if kind == "account" and dice.random() < 0.25 else AGGREGATES[kind])
         return kind, f"{kind[0]}{number}"
-
-
-def _mark(exc: BaseException) -> BaseException:
-    """What failed at the COMMIT may have been committed."""
-    exc.at_commit = True  # type: ignore[attr-defined]
-    return exc
 
 
 async def _insert(connection: Connection, booking: Booking) -> int:
