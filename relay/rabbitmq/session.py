@@ -41,7 +41,7 @@ _REFUSED = (402, 403, 404, 405, 406, 530)
 
 
 class _Transport(aiormq.TransportFactory):
-    """aiormq's own transport, remembered: aiormq keeps no handle on it, and a half-open connection can only be cut by one."""
+    """A transport, remembered: aiormq keeps no handle on it, and a half-open connection can only be cut by one."""
 
     def __init__(self, inner: aiormq.TransportFactory) -> None:
         self._inner = inner
@@ -60,9 +60,10 @@ class _Transport(aiormq.TransportFactory):
 class Session(aio_pika.Connection):
     """aio-pika's plain connection, with a way to cut it."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, transport: aiormq.TransportFactory | None = None) -> None:
         super().__init__(url)
-        self._remembered = _Transport(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
+        usual = TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory()
+        self._remembered = _Transport(transport or usual)
         self.kwargs["transport_factory"] = self._remembered  # a public attribute that aio-pika hands to aiormq.connect
 
     def abort(self) -> None:
@@ -81,12 +82,17 @@ class Session(aio_pika.Connection):
         return self.transport.connection.closing
 
 
-async def connect(settings: RabbitmqSettings, *, name: str) -> Session:
-    """A new connection that appears under `name` in RabbitMQ's list. Raises BrokerRefused or BrokerUnavailable."""
+async def connect(
+    settings: RabbitmqSettings, *, name: str, transport: aiormq.TransportFactory | None = None
+) -> Session:
+    """A new connection that appears under `name` in RabbitMQ's list. Raises BrokerRefused or BrokerUnavailable.
+
+    `transport` is for this connection alone, and does TLS where the URL asks for it: see relay.rabbitmq.transport.
+    """
     url = URL(settings.url.get_secret_value()).update_query(heartbeat=str(settings.heartbeat_s), name=name)
     with broker_errors(f"connecting to {_shown(url)}"):
         async with asyncio.timeout(settings.connect_timeout_s):
-            connection = Session(url)
+            connection = Session(url, transport)
             # No time-out of aio-pika's beside ours: its wait_for would leave what a cancelled connect fails with to nobody
             # ("Task exception was never retrieved", found by the fault laboratory).
             await connection.connect()
