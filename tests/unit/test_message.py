@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -240,6 +240,28 @@ def test_a_property_that_is_none_is_malformed(field: str, value: str | None) -> 
 def test_a_message_without_digest_and_sequence_is_foreign(headers: dict[str, Any]) -> None:
     with pytest.raises(NotAnEvent, match="foreign: no x-content-digest header"):
         to_event(delivered(row(), headers=headers))
+
+
+def test_an_event_made_of_a_delivery_is_a_frozen_value_like_one_that_was_constructed() -> None:
+    """It is made without its constructor, for speed."""
+    made = to_event(delivered(row(headers={"n": 1})))
+    constructed = Event(**{each.name: getattr(made, each.name) for each in fields(Event)})
+    assert (made, repr(made)) == (constructed, repr(constructed))
+    assert replace(made, seq=4) == replace(constructed, seq=4) != made
+    with pytest.raises(FrozenInstanceError):
+        made.seq = 4  # type: ignore[misc]
+
+
+def test_a_digest_may_be_written_in_capitals() -> None:
+    digest = str(delivered(row()).headers[CONTENT_DIGEST]).removeprefix("sha256:")
+    assert to_event(with_headers(x_content_digest="sha256:" + digest.upper())).digest.hex() == digest
+
+
+def test_what_was_refused_once_is_refused_again() -> None:
+    """What repeats in every message is checked once, and only what is right is remembered."""
+    for _ in range(2):
+        with pytest.raises(NotAnEvent, match="malformed: type contains NUL"):
+            to_event(delivered(row(), event_type="a\0b"))
 
 
 def test_what_the_broker_adds_and_what_no_producer_can_send_is_not_among_the_events_headers() -> None:
