@@ -15,10 +15,10 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Header = str | int | bool
 
@@ -157,10 +157,16 @@ class NotAnEvent(ValueError):
 def content_digest(event_type: str, content_type: str, body: bytes) -> bytes:
     """SHA-256 over type, NUL, content type, NUL, body: what must be equal when a sequence number is seen twice."""
     if len(body) <= _COPIED_BYTES:
-        return hashlib.sha256(b"%b\0%b\0%b" % (event_type.encode(), content_type.encode(), body)).digest()
-    digest = hashlib.sha256(b"%b\0%b\0" % (event_type.encode(), content_type.encode()))
+        return hashlib.sha256(_digested(event_type, content_type) + body).digest()
+    digest = hashlib.sha256(_digested(event_type, content_type))
     digest.update(body)
     return digest.digest()
+
+
+@lru_cache(maxsize=1000)
+def _digested(event_type: str, content_type: str) -> bytes:
+    """What is hashed before the body. Remembered: a stream has few types."""
+    return b"%b\0%b\0" % (event_type.encode(), content_type.encode())
 
 
 def message_id(row: Row, source: str, digest: bytes) -> str:
