@@ -7,7 +7,7 @@ its way, and whoever waits for it gets it from the relay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -136,7 +136,7 @@ class Retained:
                 *_filters(selection),
             )
         found = [r for r in records if r["id"] is not None]
-        rows = [replace(to_row(r), is_tombstone=r["is_tombstone"]) for r in found]
+        rows = [to_row(r) for r in found]
         if found and (len(found) == page_rows or found[0]["page_rows"] > len(found)):
             return RetainedPage(rows, Place(rows[-1].id, rows[-1].seq or 0), is_last=False)
         reached = records[0]

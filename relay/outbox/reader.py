@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import lru_cache
+from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import asyncpg
 
-from relay.message import Row
+from relay.message import Header, Row
 from relay.outbox.cursor import Page, Position, Snapshot
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query
+
+_NO_HEADERS: Mapping[str, Header] = MappingProxyType({})
+
+_REMEMBERED = 1024
+_REMEMBERED_CHARACTERS = 512
+"""Parsed headers remembered, by their text, and the longest such text: about a megabyte at most."""
+
+_columns = itemgetter(*Row._fields)
 
 
 class Reader:
@@ -57,26 +69,46 @@ class Reader:
         )
 
 
-def to_row(record: asyncpg.Record, *, is_tombstone: bool = False) -> Row:
-    """A record of the log as a value; the content type is filled in where the producer left it out.
-
-    Of a tombstone the content was not even read.
-    """
-    payload, body = record["payload"], record["body"]
-    default = "application/octet-stream" if payload is None else "application/json"
+def to_row(record: asyncpg.Record) -> Row:
+    """A record of the log as a value: every query that is read into rows gives Row's columns, the headers as text or null."""
+    (
+        row_id,
+        aggregate_type,
+        aggregate_id,
+        seq,
+        event_type,
+        content_type,
+        headers,
+        routing_key,
+        created_at,
+        body,
+        is_tombstone,
+    ) = _columns(record)
     return Row(
-        id=record["id"],
-        aggregate_type=record["aggregate_type"],
-        aggregate_id=record["aggregate_id"],
-        seq=record["seq"],
-        event_type=record["event_type"],
-        content_type=record["content_type"] or default,
-        headers=json.loads(record["headers"]) if record["headers"] else {},
-        routing_key=record["routing_key"],
-        created_at=record["created_at"],
-        body=b"" if is_tombstone else body if payload is None else payload.encode(),
-        is_tombstone=is_tombstone,
+        row_id,
+        aggregate_type,
+        aggregate_id,
+        seq,
+        event_type,
+        content_type,
+        _NO_HEADERS if headers is None else _headers(headers),
+        routing_key,
+        created_at,
+        body,
+        is_tombstone,
     )
+
+
+def _headers(text: str) -> Mapping[str, Header]:
+    """Of a row. Rows repeat their headers, unless a trace is among them."""
+    return _remembered(text) if len(text) <= _REMEMBERED_CHARACTERS else _parsed(text)
+
+
+def _parsed(text: str) -> Mapping[str, Header]:
+    return MappingProxyType(json.loads(text))
+
+
+_remembered = lru_cache(_REMEMBERED)(_parsed)
 
 
 def _texts(xids: tuple[int, ...]) -> list[str]:

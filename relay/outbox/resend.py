@@ -94,7 +94,7 @@ class Retained:
             records = await self._connection.fetch(
                 query("retained_rows"), [p.shard for p in places], [p.id for p in places]
             )
-        return [replace(to_row(r), is_tombstone=r["is_tombstone"]) for r in records]
+        return [to_row(r) for r in records]
 
     async def _last_numbers(self, aggregates: set[Aggregate]) -> dict[Aggregate, int]:
         keys = sorted(aggregates)

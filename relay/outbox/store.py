@@ -233,4 +233,4 @@ class Store:
 
 
 def _to_due(record: Any) -> Due:
-    return Due(to_row(record, is_tombstone=record["is_tombstone"]), record["attempts"], record["next_attempt_at"])
+    return Due(to_row(record), record["attempts"], record["next_attempt_at"])

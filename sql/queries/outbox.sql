@@ -40,14 +40,20 @@ UPDATE relay.outbox_cursor SET source = $3, cluster_id = $4 WHERE shard = $1 AND
 
 -- name: open_window
 -- The first page of what is new since a snapshot, and the snapshot it was read with. One row at least: with a null id, nothing is new.
--- A page ends at $3 rows, or before the row that exceeds $4 bytes (never before its first row); page_rows tells what the limit of rows gave.
+-- A page ends at $3 rows, or behind the row that reaches $4 bytes; page_rows tells what the limit of rows gave.
 -- `id + 0` keeps the planner from walking the index on id through all of history in search of the page.
+-- The columns of a row are those of relay.message.Row, as in all queries that rows are made of; what must be computed of them is, for the
+-- page alone, at the end. The snapshot is told once: its list of transactions in progress can be long.
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes)
 WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
-SELECT me.snapshot, o.* FROM me LEFT JOIN LATERAL (
+SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapshot, o.page_rows,
+       o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
+       coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       o.headers::text AS headers, o.routing_key, o.created_at, coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body,
+       false AS is_tombstone
+FROM me LEFT JOIN LATERAL (
   SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
-    SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
-           created_at, payload, body
+    SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
     FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
     ORDER BY id + 0 LIMIT $3
   ) p
@@ -59,16 +65,19 @@ ORDER BY o.id
 -- Each is looked up on its own: `= ANY (list)` with a long list reads all of a log that was never analysed (PostgreSQL 15).
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[])
 WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
-SELECT me.snapshot, o.* FROM me LEFT JOIN LATERAL (
+SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapshot, o.page_rows,
+       o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
+       coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       o.headers::text AS headers, o.routing_key, o.created_at, coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body,
+       false AS is_tombstone
+FROM me LEFT JOIN LATERAL (
   SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
     SELECT * FROM (
-      SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
-             created_at, payload, body
+      SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
       FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
       UNION ALL
       SELECT late.* FROM unnest($5::text[]::xid8[]) AS t (xid) CROSS JOIN LATERAL (
-        SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
-               created_at, payload, body
+        SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
         FROM relay.outbox o WHERE o.shard = $1 AND o.xid = t.xid OFFSET 0
       ) late
     ) u ORDER BY id + 0 LIMIT $3
@@ -80,10 +89,13 @@ ORDER BY o.id
 -- The following pages of a window: by id, new since the cursor's snapshot, visible in the window's.
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[]),
 -- $6 after id, $7 window's snapshot (text)
-SELECT o.* FROM (
+SELECT o.page_rows, o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
+       coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       o.headers::text AS headers, o.routing_key, o.created_at, coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body,
+       false AS is_tombstone
+FROM (
   SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
-    SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers, routing_key,
-           created_at, payload, body
+    SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
     FROM relay.outbox
     WHERE shard = $1 AND id > $6
       AND (xid >= $2::text::xid8 OR xid = ANY ($5::text[]::xid8[]))
@@ -144,10 +156,15 @@ ON CONFLICT (id) DO NOTHING
 -- Of a row that an operator took out of the sequence, the place and not the content: it goes out as a tombstone.
 -- Ends before the row that exceeds $4 bytes, never before its first row.
 -- $1 shard, $2 aggregates, $3 rows of each, $4 bytes, $5 suspects (bigint[])
-SELECT * FROM (
+SELECT page.id, page.aggregate_type, page.aggregate_id, page.seq, page.event_type,
+       coalesce(page.content_type, CASE WHEN page.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       page.headers::text AS headers, page.routing_key, page.created_at,
+       CASE WHEN page.is_tombstone THEN ''::bytea ELSE coalesce(page.body, convert_to(page.payload::text, 'UTF8')) END AS body,
+       page.is_tombstone, page.attempts, page.next_attempt_at
+FROM (
   SELECT coalesce(sum(CASE WHEN t.id IS NULL THEN o.size END) OVER (ORDER BY o.id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before,
-         o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.size, o.content_type, o.routing_key, o.created_at,
-         CASE WHEN t.id IS NULL THEN o.headers::text END AS headers, CASE WHEN t.id IS NULL THEN o.payload END AS payload,
+         o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.content_type, o.routing_key, o.created_at,
+         CASE WHEN t.id IS NULL THEN o.headers END AS headers, CASE WHEN t.id IS NULL THEN o.payload END AS payload,
          CASE WHEN t.id IS NULL THEN o.body END AS body, t.id IS NOT NULL AS is_tombstone, r.attempts, r.next_attempt_at
   FROM (
     SELECT id, aggregate_type, aggregate_id, seq FROM relay.outbox_parked
@@ -169,17 +186,19 @@ SELECT * FROM (
   JOIN relay.outbox o ON o.shard = $1 AND o.id = r.id
   LEFT JOIN relay.outbox_tombstone t ON t.id = o.id
 ) page
-WHERE bytes_before < $4
-ORDER BY id
+WHERE page.bytes_before < $4
+ORDER BY page.id
 
 -- name: due_alone
 -- The row to be tried alone next: of those that closed the channel or were not confirmed in time, and of the suspects, the one that
 -- is due longest, is the first of its aggregate, and is not paused. A tombstone as in `due_parked`. No row: there is none now.
 -- OFFSET 0: each is looked up on its own, and no more of them than it takes.
 -- $1 shard, $2 suspects (bigint[])
-SELECT o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.content_type, o.routing_key, o.created_at,
-       CASE WHEN t.id IS NULL THEN o.headers::text END AS headers, CASE WHEN t.id IS NULL THEN o.payload END AS payload,
-       CASE WHEN t.id IS NULL THEN o.body END AS body, t.id IS NOT NULL AS is_tombstone, due.attempts, due.next_attempt_at
+SELECT o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
+       coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       CASE WHEN t.id IS NULL THEN o.headers::text END AS headers, o.routing_key, o.created_at,
+       CASE WHEN t.id IS NULL THEN coalesce(o.body, convert_to(o.payload::text, 'UTF8')) ELSE ''::bytea END AS body,
+       t.id IS NOT NULL AS is_tombstone, due.attempts, due.next_attempt_at
 FROM (
   (SELECT p.id, p.attempts, p.next_attempt_at FROM relay.outbox_parked p
    WHERE p.shard = $1 AND p.state = 'retrying' AND p.reason IN ('refused', 'unconfirmed') AND p.next_attempt_at <= now()

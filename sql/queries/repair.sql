@@ -31,11 +31,14 @@ ORDER BY r.n, o.seq
 -- name: retained_rows
 -- Rows by shard and id, in the order given, as the reader sees them; is_tombstone: an operator took it out of the sequence.
 -- $1 shards (smallint[]), $2 ids (bigint[])
-SELECT o.*, EXISTS (SELECT FROM relay.outbox_tombstone t WHERE t.id = o.id) AS is_tombstone
+SELECT o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
+       coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       o.headers::text AS headers, o.routing_key, o.created_at, coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body,
+       EXISTS (SELECT FROM relay.outbox_tombstone t WHERE t.id = o.id) AS is_tombstone
 FROM unnest($1::smallint[], $2::bigint[]) WITH ORDINALITY AS w (shard, id, n)
 CROSS JOIN LATERAL (
-  SELECT l.id, l.aggregate_type, l.aggregate_id, l.seq, l.event_type, l.size, l.content_type, l.headers::text AS headers,
-         l.routing_key, l.created_at, l.payload, l.body
+  SELECT l.id, l.aggregate_type, l.aggregate_id, l.seq, l.event_type, l.content_type, l.headers, l.routing_key,
+         l.created_at, l.payload, l.body
   FROM relay.outbox l WHERE l.shard = w.shard AND l.id = w.id
   OFFSET 0
 ) AS o

@@ -54,8 +54,8 @@ WITH looked AS MATERIALIZED (
     SELECT o.*, t.id IS NOT NULL AS is_tombstone
     FROM (SELECT * FROM looked ORDER BY id OFFSET 0) l
     CROSS JOIN LATERAL (
-      SELECT id, shard, xid, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers::text AS headers,
-             routing_key, created_at, payload, body
+      SELECT id, shard, xid, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key,
+             created_at, payload, body
       FROM relay.outbox o WHERE o.slot = l.slot AND o.shard = l.shard AND o.id = l.id OFFSET 0
     ) o
     CROSS JOIN LATERAL (SELECT snapshot, window_snapshot, after_id FROM relay.outbox_cursor c WHERE c.shard = o.shard OFFSET 0) c
@@ -71,7 +71,11 @@ WITH looked AS MATERIALIZED (
     ORDER BY l.id LIMIT $6  -- the order of `looked`, so that only the rows of the page are fetched
   ) p
 )
-SELECT reached.looked, reached.id AS reached_id, reached.seq AS reached_seq, page.*
+SELECT reached.looked, reached.id AS reached_id, reached.seq AS reached_seq, page.page_rows,
+       page.id, page.aggregate_type, page.aggregate_id, page.seq, page.event_type,
+       coalesce(page.content_type, CASE WHEN page.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
+       page.headers::text AS headers, page.routing_key, page.created_at,
+       coalesce(page.body, convert_to(page.payload::text, 'UTF8')) AS body, page.is_tombstone
 FROM reached LEFT JOIN page ON page.bytes_before < $7
 ORDER BY page.id
 

@@ -281,8 +281,9 @@ def id_above_cursor(patching: pytest.MonkeyPatch) -> None:
             last[self] = await self._connection.fetchval("SELECT high_id FROM relay.outbox_cursor")
         snapshot = Snapshot.parse(await self._connection.fetchval("SELECT pg_current_snapshot()::text"))
         found = await self._connection.fetch(
-            "SELECT id, aggregate_type, aggregate_id, seq, event_type, content_type, headers::text AS headers, routing_key,"
-            " created_at, payload, body FROM relay.outbox WHERE id > $1 ORDER BY id",
+            "SELECT id, aggregate_type, aggregate_id, seq, event_type, coalesce(content_type, 'application/json') AS content_type,"
+            " headers::text AS headers, routing_key, created_at, coalesce(body, convert_to(payload::text, 'UTF8')) AS body,"
+            " false AS is_tombstone FROM relay.outbox WHERE id > $1 ORDER BY id",
             last[self],
         )
         last[self] = found[-1]["id"] if found else last[self]

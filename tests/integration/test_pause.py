@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 from itertools import product
 from typing import Any, TypeAlias
@@ -496,7 +495,7 @@ async def test_the_looks_blocks_hold_and_release_what_python_says_that_a_pause_h
         )
         log = await db.fetch("SELECT id, aggregate_type, aggregate_id, event_type FROM relay.outbox")
         (template,) = rows("a")
-        read = [dataclasses.replace(template, **dict(r)) for r in log]
+        read = [template._replace(**dict(r)) for r in log]
         assert len(read) == 14
         for what in (*PAUSES.values(), {"shard": 0}):
             await pause(db, **what)
@@ -521,7 +520,7 @@ async def test_sql_and_python_agree_on_what_a_pause_holds(database: str) -> None
             pauses = Pauses.of(await db.fetch("SELECT * FROM relay.outbox_pause"))
             for kind, name, event in product(("order", "x"), ("1", "2", None), ("Paid", "Sent")):
                 (row,) = rows(name)
-                row = dataclasses.replace(row, aggregate_type=kind, event_type=event)
+                row = row._replace(aggregate_type=kind, event_type=event)
                 said = await db.fetchval("SELECT relay.outbox_is_paused($1, $2, $3)", kind, name, event)
                 assert pauses.hold(row) == said, (what, kind, name, event)
             await resume(db)

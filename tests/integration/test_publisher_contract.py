@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -53,7 +52,7 @@ def message(number: int, *, routing_key: str = "order.Paid", **changes: Any) -> 
         headers={"x-sequence": number, "x-aggregate-id": "é", "flag": True},
         body=b"{}",
     )
-    return dataclasses.replace(made, **changes)
+    return made._replace(**changes)
 
 
 def stamp(found: list[Any]) -> list[str]:

@@ -76,14 +76,14 @@ async def test_the_tables_themselves_say_what_may_be_tried_alone_now(database: s
         await db.execute(_PARK)
         await db.execute("UPDATE relay.outbox_parked SET next_attempt_at = next_attempt_at + id * interval '1 ms'")
 
-        async def next_alone(*suspects: int) -> tuple[str, bool, str | None]:
+        async def next_alone(*suspects: int) -> tuple[str, bool, bytes]:
             row = await db.fetchrow(query("due_alone"), 0, suspects)
             assert row is not None
-            return row["aggregate_id"], row["is_tombstone"], row["payload"]
+            return row["aggregate_id"], row["is_tombstone"], row["body"]
 
-        assert await next_alone() == ("0", False, '{"secret": 1}')
+        assert await next_alone() == ("0", False, b'{"secret": 1}')
         await act_on(settings, Pause(Selection(aggregate="bill/0")))
-        assert await next_alone() == ("1", False, '{"secret": 1}')
+        assert await next_alone() == ("1", False, b'{"secret": 1}')
         await db.execute("UPDATE relay.outbox_parked SET reason = 'unroutable' WHERE aggregate_id IN ('0', '1')")
         assert (await next_alone())[0] == "2"
         assert (await next_alone(1, 2))[0] == "1"  # suspects, by their ids: the paused one is passed over as well
@@ -91,7 +91,7 @@ async def test_the_tables_themselves_say_what_may_be_tried_alone_now(database: s
             "UPDATE relay.outbox_parked SET state = 'stuck', next_attempt_at = NULL WHERE aggregate_id IN ('1', '3')"
         )
         await act_on(settings, Skip(Selection(aggregate="bill/2")))
-        assert await next_alone() == ("2", True, None)
+        assert await next_alone() == ("2", True, b"")
 
 
 async def test_others_do_not_wait_for_rows_that_are_tried_alone(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import UTC, datetime
 
 import pytest
@@ -34,10 +33,7 @@ ORDER_A = Pauses(aggregates=frozenset({("order", "a")}))
 
 
 def rows(*aggregates: str | None) -> list[Row]:
-    return [
-        dataclasses.replace(TEMPLATE, id=i, aggregate_id=a, seq=None if a is None else i)
-        for i, a in enumerate(aggregates, 1)
-    ]
+    return [TEMPLATE._replace(id=i, aggregate_id=a, seq=None if a is None else i) for i, a in enumerate(aggregates, 1)]
 
 
 OUTCOMES: st.SearchStrategy[Outcome] = st.sampled_from(
@@ -97,7 +93,7 @@ def test_every_settled_row_is_confirmed_or_parked_and_no_confirmed_row_follows_a
 def test_a_pause_holds_an_aggregate_a_type_of_aggregates_or_a_type_of_events(pauses: Pauses) -> None:
     (row,) = rows("a")
     assert pauses.hold(row)
-    other = dataclasses.replace(row, aggregate_type="invoice", event_type="Sent")
+    other = row._replace(aggregate_type="invoice", event_type="Sent")
     assert not pauses.hold(other)
     assert not NOTHING.hold(row)
     assert not Pauses(shards=frozenset({0})).hold(row)  # a matter of the whole shard, not of a row
@@ -111,7 +107,7 @@ def test_an_event_without_an_aggregate_can_be_paused_by_its_type() -> None:
 
 def test_a_paused_row_is_parked_and_what_is_behind_it_waits_whatever_its_own_type() -> None:
     page = rows("a", "b", "a", None)
-    page[2] = dataclasses.replace(page[2], event_type="Sent")
+    page[2] = page[2]._replace(event_type="Sent")
     pauses = Pauses(event_types=frozenset({"Paid"}))
     assert unsendable(page, frozenset(), pauses) == {0, 1, 2, 3}
     settlement = settle(page, [None] * 4, frozenset(), pauses)
@@ -126,7 +122,7 @@ def test_a_paused_row_is_parked_and_what_is_behind_it_waits_whatever_its_own_typ
 
 def test_rows_before_the_first_paused_one_are_sent() -> None:
     page = rows("a", "b", "a")
-    page[2] = dataclasses.replace(page[2], event_type="Sent")
+    page[2] = page[2]._replace(event_type="Sent")
     pauses = Pauses(event_types=frozenset({"Sent"}))
     assert unsendable(page, {("order", "b")}, pauses) == {1, 2}
     settlement = settle(page, [Confirmed(), None, None], {("order", "b")}, pauses)
@@ -151,7 +147,7 @@ def test_a_tombstone_that_nobody_is_bound_for_or_could_ever_have_got_is_done(
     outcome: Outcome | None, done: bool, done_as_tombstone: bool
 ) -> None:
     assert is_done(TEMPLATE, outcome) == done
-    assert is_done(dataclasses.replace(TEMPLATE, is_tombstone=True), outcome) == done_as_tombstone
+    assert is_done(TEMPLATE._replace(is_tombstone=True), outcome) == done_as_tombstone
 
 
 @given(
@@ -163,7 +159,7 @@ def test_what_is_not_sent_is_parked_and_what_is_sent_and_confirmed_is_not(
     page: list[tuple[str | None, str]], pauses: Pauses, blocked_ids: set[str]
 ) -> None:
     kinds = [kind for _, kind in page]
-    read = [dataclasses.replace(r, event_type=k) for r, k in zip(rows(*(a for a, _ in page)), kinds, strict=True)]
+    read = [r._replace(event_type=k) for r, k in zip(rows(*(a for a, _ in page)), kinds, strict=True)]
     blocked = {("order", name) for name in blocked_ids}
     unsent = unsendable(read, blocked, pauses)
     outcomes = [None if i in unsent else Confirmed() for i in range(len(read))]
@@ -194,10 +190,10 @@ def test_the_delay_doubles_up_to_the_longest(attempts: int, expected: float) -> 
 
 def test_a_rows_own_routing_key_wins_over_the_template() -> None:
     assert routing_key(TEMPLATE, "{aggregate_type}.{event_type}") == "order.Paid"
-    assert routing_key(dataclasses.replace(TEMPLATE, routing_key="x.y"), "{aggregate_type}") == "x.y"
+    assert routing_key(TEMPLATE._replace(routing_key="x.y"), "{aggregate_type}") == "x.y"
     assert (
         routing_key(
-            dataclasses.replace(TEMPLATE, aggregate_type=None, aggregate_id=None, seq=None),
+            TEMPLATE._replace(aggregate_type=None, aggregate_id=None, seq=None),
             "{aggregate_type}.{event_type}",
         )
         == "Paid"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -273,7 +272,7 @@ async def test_a_row_that_was_skipped_while_the_connection_was_being_opened_is_n
     retry = a_retry(table, Hanging(), probe=broker.probe)
     await retry.look()
     await retry.step()
-    table.rows = [Due(dataclasses.replace(skipped, is_tombstone=True, body=b""), 1)]
+    table.rows = [Due(skipped._replace(is_tombstone=True, body=b""), 1)]
     broker.may_open.set()
     await _steps(retry)
     assert [(m.event_type, m.body) for m in broker.sent] == [(TOMBSTONE, b"")]

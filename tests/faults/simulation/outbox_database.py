@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from relay.message import Row
 from tests.faults.simulation.clock import VirtualLoop
 from tests.faults.simulation.outbox_parked import ParkedRows
 from tests.faults.simulation.server import Server, Session
@@ -134,20 +135,19 @@ class OutboxDatabase(Server):
 
     def new_row(self, row_id: int, xid: int, place: Place, seq: int, event_type: str) -> LogRow:
         """A row as the trigger leaves it."""
-        record = {
-            "id": row_id,
-            "aggregate_type": place[0],
-            "aggregate_id": place[1],
-            "seq": seq,
-            "event_type": event_type,
-            "size": 2,
-            "content_type": None,
-            "headers": None,
-            "routing_key": None,
-            "created_at": CREATED_AT,
-            "payload": "{}",
-            "body": None,
-        }
+        row = Row(
+            id=row_id,
+            aggregate_type=place[0],
+            aggregate_id=place[1],
+            seq=seq,
+            event_type=event_type,
+            content_type="application/json",
+            headers={},
+            routing_key=None,
+            created_at=CREATED_AT,
+            body=b"{}",
+        )
+        record = row._asdict() | {"headers": None, "size": 2}
         return LogRow(row_id, xid, place, seq, record)
 
     def try_barrier(self, producer: ProducerTransaction) -> bool:
