@@ -13,7 +13,8 @@ import asyncpg
 
 from relay.errors import InputError
 from relay.producer.event import NewEvent
-from relay.producer.statement import columns, parameters, require_transaction, statement
+from relay.producer.many import Many
+from relay.producer.statement import parameters, require_transaction, statement
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -37,15 +38,17 @@ async def emit(connection: Connection, event: NewEvent, *, allow_autocommit: boo
 async def emit_many(
     connection: Connection, events: Iterable[NewEvent], *, allow_autocommit: bool = False
 ) -> list[int | None]:
-    """Insert events in their order with one statement: all or none. Returns their seqs in the same order.
+    """Insert events, committed with the caller's transaction or not at all. Returns their seqs in the order given.
 
-    Raises InputError outside a transaction, unless `allow_autocommit`.
+    Each aggregate's events are numbered in that order; which aggregate comes first is not promised: see `Many`.
+    Raises InputError, before anything is sent, outside a transaction, unless `allow_autocommit`.
     """
-    values = columns(events)
+    many = Many(events)
     _check(connection, allow_autocommit)
-    if not values:
-        return []
-    return [record[0] for record in await connection.fetch(statement("insert_events", "$1"), *values)]
+    seqs: list[int | None] = []
+    for values in many.statements(at_once=not connection.is_in_transaction()):
+        seqs += [record[0] for record in await connection.fetch(statement("insert_events", "$1"), *values)]
+    return many.as_given(seqs)
 
 
 def _check(connection: object, allow_autocommit: bool) -> None:

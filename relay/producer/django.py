@@ -14,7 +14,8 @@ from django.db import DEFAULT_DB_ALIAS, connections
 
 from relay.errors import InputError
 from relay.producer.event import NewEvent
-from relay.producer.statement import columns, parameters, require_transaction, statement
+from relay.producer.many import Many
+from relay.producer.statement import parameters, require_transaction, statement
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -34,13 +35,18 @@ def emit(event: NewEvent, *, using: str = DEFAULT_DB_ALIAS, allow_autocommit: bo
 def emit_many(
     events: Iterable[NewEvent], *, using: str = DEFAULT_DB_ALIAS, allow_autocommit: bool = False
 ) -> list[int | None]:
-    """Insert events in their order with one statement: all or none. Returns their seqs in the same order.
+    """Insert events, committed with the current transaction of `using` or not at all. Returns their seqs in the order given.
 
-    Raises InputError outside `atomic`, unless `allow_autocommit`.
+    Each aggregate's events are numbered in that order; which aggregate comes first is not promised: see `Many`.
+
+    Raises InputError, before anything is sent, outside `atomic`, unless `allow_autocommit`.
     """
-    values = columns(events)
+    many = Many(events)
     connection = _checked(using, allow_autocommit)
-    return [row[0] for row in _rows("insert_events", values, connection)] if values else []
+    seqs: list[int | None] = []
+    for values in many.statements(at_once=not _in_transaction(connection)):
+        seqs += [row[0] for row in _rows("insert_events", values, connection)]
+    return many.as_given(seqs)
 
 
 def _checked(using: str, allow_autocommit: bool) -> BaseDatabaseWrapper:
@@ -49,9 +55,12 @@ def _checked(using: str, allow_autocommit: bool) -> BaseDatabaseWrapper:
         raise InputError(
             f"the outbox is in PostgreSQL, but the database {using!r} is {connection.vendor}: pass using=..."
         )
-    inside = allow_autocommit or connection.in_atomic_block or not connection.get_autocommit()
-    require_transaction(inside, _REMEDY)
+    require_transaction(allow_autocommit or _in_transaction(connection), _REMEDY)
     return connection
+
+
+def _in_transaction(connection: BaseDatabaseWrapper) -> bool:
+    return bool(connection.in_atomic_block or not connection.get_autocommit())
 
 
 def _rows(

@@ -15,10 +15,12 @@ from psycopg.rows import tuple_row
 
 from relay.errors import InputError
 from relay.producer.event import NewEvent
-from relay.producer.statement import columns, parameters, require_transaction, statement
+from relay.producer.many import Many
+from relay.producer.statement import parameters, require_transaction, statement
 
 Sync: TypeAlias = psycopg.Connection[Any] | psycopg.Cursor[Any]
 Async: TypeAlias = psycopg.AsyncConnection[Any] | psycopg.AsyncCursor[Any]
+_Any: TypeAlias = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
 _REMEDY = "Use `with connection.transaction():` around the change and the emit"
 
@@ -34,13 +36,18 @@ def emit(connection: Sync, event: NewEvent, *, allow_autocommit: bool = False) -
 
 
 def emit_many(connection: Sync, events: Iterable[NewEvent], *, allow_autocommit: bool = False) -> list[int | None]:
-    """Insert events in their order with one statement: all or none. Returns their seqs in the same order.
+    """Insert events, committed with the caller's transaction or not at all. Returns their seqs in the order given.
 
-    Raises InputError on an autocommit connection outside a transaction, unless `allow_autocommit`.
+    Each aggregate's events are numbered in that order; which aggregate comes first is not promised: see `Many`.
+
+    Raises InputError, before anything is sent, on an autocommit connection outside a transaction, unless `allow_autocommit`.
     """
-    values = columns(events)
+    many = Many(events)
+    seqs: list[int | None] = []
     with psycopg.RawCursor(_checked(connection, allow_autocommit), row_factory=tuple_row) as cursor:
-        return [row[0] for row in cursor.execute(_INSERT_EVENTS, values)] if values else []
+        for values in many.statements(at_once=_alone(cursor.connection)):
+            seqs += [row[0] for row in cursor.execute(_INSERT_EVENTS, values)]
+    return many.as_given(seqs)
 
 
 async def emit_async(connection: Async, event: NewEvent, *, allow_autocommit: bool = False) -> int | None:
@@ -55,12 +62,13 @@ async def emit_many_async(
     connection: Async, events: Iterable[NewEvent], *, allow_autocommit: bool = False
 ) -> list[int | None]:
     """`emit_many` for an AsyncConnection or AsyncCursor."""
-    values = columns(events)
+    many = Many(events)
+    seqs: list[int | None] = []
     async with psycopg.AsyncRawCursor(_checked_async(connection, allow_autocommit), row_factory=tuple_row) as cursor:
-        if not values:
-            return []
-        await cursor.execute(_INSERT_EVENTS, values)
-        return [row[0] for row in await cursor.fetchall()]
+        for values in many.statements(at_once=_alone(cursor.connection)):
+            await cursor.execute(_INSERT_EVENTS, values)
+            seqs += [row[0] for row in await cursor.fetchall()]
+    return many.as_given(seqs)
 
 
 _INSERT_EVENT = statement("insert_event", "$1").encode()
@@ -91,7 +99,10 @@ def _hint(given: object) -> str:
     return ": use emit_async" if isinstance(given, psycopg.AsyncConnection | psycopg.AsyncCursor) else ""
 
 
-def _require(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], allow_autocommit: bool) -> None:
-    """Without autocommit psycopg opens the transaction itself, and what is never committed is rolled back."""
-    idle = connection.autocommit and connection.info.transaction_status == TransactionStatus.IDLE
-    require_transaction(allow_autocommit or not idle, _REMEDY)
+def _require(connection: _Any, allow_autocommit: bool) -> None:
+    require_transaction(allow_autocommit or not _alone(connection), _REMEDY)
+
+
+def _alone(connection: _Any) -> bool:
+    """True when a statement would be a transaction of its own. Without autocommit psycopg opens one that the caller ends."""
+    return connection.autocommit and connection.info.transaction_status == TransactionStatus.IDLE

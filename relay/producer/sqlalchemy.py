@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session, scoped_session
 
 from relay.errors import InputError
 from relay.producer.event import NewEvent
-from relay.producer.statement import columns, named, parameters, require_transaction, statement
+from relay.producer.many import Many
+from relay.producer.statement import named, parameters, require_transaction, statement
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -39,13 +40,19 @@ def emit(connection: Sync, event: NewEvent, *, allow_autocommit: bool = False) -
 
 
 def emit_many(connection: Sync, events: Iterable[NewEvent], *, allow_autocommit: bool = False) -> list[int | None]:
-    """Insert events in their order with one statement: all or none. Returns their seqs in the same order.
+    """Insert events, committed with the caller's transaction or not at all. Returns their seqs in the order given.
 
-    A session's pending objects are not flushed by it. Raises InputError under AUTOCOMMIT, unless `allow_autocommit`.
+    Each aggregate's events are numbered in that order; which aggregate comes first is not promised: see `Many`.
+
+    A session's pending objects are not flushed by it. Raises InputError, before anything is sent, under AUTOCOMMIT, unless
+    `allow_autocommit`.
     """
-    values = columns(events)
+    many = Many(events)
     checked = _checked(connection, allow_autocommit)
-    return list(checked.execute(_text("insert_events"), named(values)).scalars()) if values else []
+    seqs: list[int | None] = []
+    for values in many.statements(at_once=_autocommit(checked)):
+        seqs += checked.execute(_text("insert_events"), named(values)).scalars()
+    return many.as_given(seqs)
 
 
 async def emit_async(connection: Async, event: NewEvent, *, allow_autocommit: bool = False) -> int | None:
@@ -74,10 +81,13 @@ def _checked(given: object, allow_autocommit: bool) -> Connection:
         raise InputError(f"emit takes a SQLAlchemy Connection or Session, not a {type(given).__name__}{hint}")
     if connection.dialect.name != "postgresql":
         raise InputError(f"the outbox is in PostgreSQL, but this connection speaks to {connection.dialect.name}")
-    # All PostgreSQL drivers, and SQLAlchemy's adapter of asyncpg, say so by this attribute.
-    autocommit = bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
-    require_transaction(allow_autocommit or not autocommit, _REMEDY)
+    require_transaction(allow_autocommit or not _autocommit(connection), _REMEDY)
     return connection
+
+
+def _autocommit(connection: Connection) -> bool:
+    """All PostgreSQL drivers, and SQLAlchemy's adapter of asyncpg, say so by this attribute."""
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def _require_async(given: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal
 
@@ -49,11 +48,6 @@ def parameters(event: NewEvent) -> tuple[Any, ...]:
         event.routing_key,
         event.seq,
     )
-
-
-def columns(events: Iterable[NewEvent]) -> tuple[list[Any], ...]:
-    """The parameters of `insert_events`: one list a column, in the order of the events; nothing for no events."""
-    return tuple(list(column) for column in zip(*map(parameters, events), strict=True))
 
 
 def named(values: tuple[Any, ...]) -> dict[str, Any]:

@@ -289,9 +289,9 @@ async def test_many_events_are_there_as_they_were_given(driver: Driver, database
     ]
     async with driver.transaction():
         assert await driver.emit_many(events) == [1, 2, 3, None, 4]
-    found = rows(database)
-    assert [row.payload for row in found] == [{"t": 'é\n"\\ {NULL,} %s :p1 $1'}, None, None, {"amount": 100}, None]
-    assert [row.body for row in found] == [None, MORE, None, None, b""]
+    found = sorted(rows(database), key=lambda row: (row.seq is None, row.seq))
+    assert [row.payload for row in found] == [{"t": 'é\n"\\ {NULL,} %s :p1 $1'}, None, None, None, {"amount": 100}]
+    assert [row.body for row in found] == [None, MORE, None, b"", None]
     assert [row.headers for row in found] == [None, None, {"traceparent": "00-1"}, None, None]
     assert [row.routing_key for row in found] == [None, None, "NULL", None, None]
     assert [row.size for row in found][2] == len("null")
@@ -327,16 +327,18 @@ async def test_a_rollback_to_a_savepoint_takes_the_event_back(driver: Driver, da
     assert [row.seq for row in rows(database)] == [1, 2]
 
 
-async def test_the_order_of_many_is_the_order_of_ids_and_seqs(driver: Driver, database: str) -> None:
-    events = [paid(str(n * 7919 % 13), payload=n) for n in range(2000)]
+async def test_many_are_numbered_in_their_order_and_answered_in_it(driver: Driver, database: str) -> None:
+    """2 500: three statements."""
+    events = [paid(str(n * 7919 % 13) if n % 11 else None, payload=n) for n in range(2500)]
     async with driver.transaction():
+        assert await driver.emit_many([paid("5"), paid("5")]) == [1, 2]
         seqs = await driver.emit_many(iter(events))
-    found = rows(database)
-    assert [row.payload for row in found] == list(range(2000))
-    assert [row.seq for row in found] == seqs
-    for aggregate in {row.aggregate_id for row in found}:
-        numbers = [row.seq for row in found if row.aggregate_id == aggregate]
-        assert numbers == list(range(1, len(numbers) + 1))
+    by_payload = {row.payload: row for row in rows(database)[2:]}  # rows: by id
+    assert seqs == [by_payload[n].seq for n in range(2500)]
+    for aggregate in {event.aggregate_id for event in events} - {None}:
+        placed = [(n, row.seq) for n, row in by_payload.items() if row.aggregate_id == aggregate]
+        assert placed == sorted(placed), "by id: both in the order given"
+        assert [seq for _, seq in placed] == list(range(placed[0][1], placed[0][1] + len(placed)))
 
 
 async def test_no_events_are_no_statement(driver: Driver, database: str) -> None:
@@ -376,7 +378,9 @@ async def test_what_is_not_a_new_event_is_refused_before_a_statement(driver: Dri
             await driver.emit({"event_type": "OrderPaid"})
         with pytest.raises(InputError, match="for several use emit_many"):
             await driver.emit([paid()])
-        assert await driver.emit(paid()) == 1, "the transaction is still good"
+        with pytest.raises(InputError, match=r"^events\[1500\]: .*not a str"):
+            await driver.emit_many([*[paid()] * 1500, "OrderPaid"])
+        assert await driver.emit(paid()) == 1, "nothing was sent, and the transaction is still good"
 
 
 async def test_the_role_of_producers_is_enough(database: str) -> None:
@@ -386,6 +390,85 @@ async def test_the_role_of_producers_is_enough(database: str) -> None:
         async with connection.transaction():
             assert await by_asyncpg.emit(connection, paid()) == 1
             assert await by_asyncpg.emit_many(connection, [paid(), paid()]) == [2, 3]
+    finally:
+        await connection.close()
+
+
+async def test_a_wrong_seq_among_many_leaves_none_of_them(driver: Driver, database: str) -> None:
+    """In the second statement of a transaction; the bad one is named by its aggregate."""
+    events = [*(paid(str(n)) for n in range(1000, 2500)), paid("9", seq=3)]
+    with pytest.raises(Exception, match="seq 3 was given for order/9, but the next one is 1"):
+        async with driver.transaction():
+            await driver.emit_many(events)
+    assert rows(database) == []
+
+
+async def test_a_wrong_seq_among_many_leaves_none_of_them_in_autocommit_either(database: str) -> None:
+    events = [*(paid(str(n)) for n in range(1000, 2500)), paid("9", seq=3)]
+    options: Any = {"allow_autocommit": True}
+    with suppress(asyncpg.SerializationError):
+        plain = await asyncpg.connect(database)
+        try:
+            await by_asyncpg.emit_many(plain, events, **options)
+        finally:
+            await plain.close()
+    with psycopg.connect(database, autocommit=True) as connection, suppress(psycopg.errors.SerializationFailure):
+        by_psycopg.emit_many(connection, events, **options)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as other:
+        with suppress(psycopg.errors.SerializationFailure):
+            await by_psycopg.emit_many_async(other, events, **options)
+    url = database.replace("postgresql://", "postgresql+psycopg://")
+    engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as third, suppress(sa.exc.DBAPIError):
+        by_sqlalchemy.emit_many(third, events, **options)
+    with django_database(database) as alias, one_thread() as within:
+        with suppress(django.db.OperationalError):
+            await within(lambda: by_django.emit_many(events, using=alias, **options))
+        await within(lambda: connections[alias].close())
+    assert rows(database) == []
+
+
+async def test_two_transactions_with_the_same_aggregates_in_opposite_order_do_not_deadlock(database: str) -> None:
+    """The second waits at the first aggregate that both have, so it holds none that the first still wants."""
+    aggregates = [str(n) for n in range(30)]
+
+    async def emitted(seed: int) -> None:
+        connection = await asyncpg.connect(database)
+        try:
+            for n in range(15):
+                mixed = aggregates if (seed + n) % 2 else aggregates[::-1]
+                async with connection.transaction():
+                    await by_asyncpg.emit_many(connection, [paid(name) for name in mixed])
+        finally:
+            await connection.close()
+
+    await asyncio.gather(*map(emitted, range(4)))
+    assert len(rows(database)) == 4 * 15 * 30
+
+
+async def test_rows_reach_the_trigger_in_the_order_of_the_arrays_whatever_the_planner_does(database: str) -> None:
+    """Sorted in memory, on disk or not at all, with and without a parallel plan: what `insert_events` is built on."""
+    connection = await asyncpg.connect(database)
+    try:
+        await connection.execute(
+            "CREATE FUNCTION parallel() RETURNS text LANGUAGE sql AS $$ SELECT CASE WHEN current_setting('server_version_num')::int < 160000 THEN 'force_parallel_mode' ELSE 'debug_parallel_query' END $$"
+        )
+        for change in (
+            "SELECT 1",
+            "SET work_mem = '64kB'",
+            "SET enable_sort = off",
+            "SELECT set_config(parallel(), 'on', false)",
+            "SET jit_above_cost = 0",
+        ):
+            await connection.execute(change)
+            async with connection.transaction():
+                events = [paid("1", payload={"n": n, "text": "x" * 500}) for n in range(1000)]
+                seqs = await by_asyncpg.emit_many(connection, events)
+                assert seqs == sorted(seqs, key=lambda seq: seq or 0), change
+                found = await connection.fetch(
+                    "SELECT (payload ->> 'n')::int AS n, seq FROM relay.outbox WHERE seq >= $1 ORDER BY id", seqs[0]
+                )
+                assert [(r["n"], r["seq"]) for r in found] == list(enumerate(seqs)), change
     finally:
         await connection.close()
 
