@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 Header = str | int | bool
@@ -94,8 +95,7 @@ class Message(NamedTuple):
     body: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One message as the broker delivered it, not yet believed in anything."""
 
     tag: int
@@ -109,7 +109,8 @@ class Delivery:
     occurred_at: datetime | None
     headers: Mapping[str, Any]
     body: bytes
-    others: Mapping[str, Any] = field(default_factory=dict)  # properties of no meaning to us: kept in the quarantine
+    others: Mapping[str, Any] = MappingProxyType({})  # properties of no meaning to us: kept in the quarantine
+    fault: str | None = None  # why its properties cannot be read: then it has none, `others` their bytes, and it is no event
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +217,8 @@ def to_event(delivery: Delivery) -> Event:
     """The event of a delivery. Raises NotAnEvent when the delivery does not keep the wire contract, and nothing else."""
     headers = delivery.headers
     if CONTENT_DIGEST not in headers and SEQUENCE not in headers:
+        if delivery.fault is not None:
+            raise NotAnEvent("malformed", delivery.fault)
         raise NotAnEvent("foreign", f"no {CONTENT_DIGEST} header: not published by a relay")
     event_type = _name("type", delivery.event_type)
     content_type = _name("content_type", delivery.content_type) if delivery.content_type else ""

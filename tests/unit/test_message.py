@@ -70,7 +70,7 @@ def row(**changes: Any) -> Row:
         created_at=NOON,
         body=b'{"amount": 100}',
     )
-    return replace(plain, **changes)
+    return plain._replace(**changes)
 
 
 def delivered(row: Row, *, source: str = "shop", **changes: Any) -> Delivery:
@@ -89,14 +89,14 @@ def delivered(row: Row, *, source: str = "shop", **changes: Any) -> Delivery:
         headers=message.headers,
         body=message.body,
     )
-    return replace(plain, **changes)
+    return plain._replace(**changes)
 
 
 def with_headers(**headers: Any) -> Delivery:
     """The plain delivery with some of our headers replaced; None: missing."""
     plain = delivered(row())
     changed = dict(plain.headers) | {name.replace("_", "-"): value for name, value in headers.items()}
-    return replace(plain, headers={name: value for name, value in changed.items() if value is not None})
+    return plain._replace(headers={name: value for name, value in changed.items() if value is not None})
 
 
 @given(rows(), names)
@@ -233,7 +233,13 @@ def test_a_header_of_ours_that_is_missing_is_malformed(missing: str) -> None:
 def test_a_property_that_is_none_is_malformed(field: str, value: str | None) -> None:
     changes: dict[str, Any] = {field: value}
     with pytest.raises(NotAnEvent, match="malformed"):
-        to_event(replace(delivered(row()), **changes))
+        to_event(delivered(row(), **changes))
+
+
+def test_a_message_whose_properties_cannot_be_read_is_malformed_and_says_why() -> None:
+    unread: dict[str, Any] = dict.fromkeys(("message_id", "event_type", "source", "content_type", "occurred_at"))
+    with pytest.raises(NotAnEvent, match="malformed: a property is not UTF-8"):
+        to_event(delivered(row(), headers={}, fault="a property is not UTF-8", **unread))
 
 
 @pytest.mark.parametrize("headers", [{}, {"x-aggregate-type": "order", "x-aggregate-id": "1"}, {"other": 1}], ids=str)
@@ -269,7 +275,7 @@ def test_what_the_broker_adds_and_what_no_producer_can_send_is_not_among_the_eve
     foreign = {"bytes": b"x", "float": 1.5, "list": [1], "table": {}, "time": NOON, "none": None}
     own: dict[str, Header] = {"traceparent": "00-x", "n": 1, "yes": True, "x-mine": "m"}
     plain = delivered(row(headers=own))
-    event = to_event(replace(plain, headers={**plain.headers, **added, **foreign}))
+    event = to_event(plain._replace(headers={**plain.headers, **added, **foreign}))
     assert event.headers == own
 
 

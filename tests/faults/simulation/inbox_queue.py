@@ -99,7 +99,7 @@ class ModelConsumer:
             queued = self._queue.ready.pop(0)
             self._tag += 1
             self.unacknowledged[self._tag] = queued
-            found.append(replace(queued.delivery, tag=self._tag, redelivered=queued.redelivered))
+            found.append(queued.delivery._replace(tag=self._tag, redelivered=queued.redelivered))
         return found
 
     async def acknowledge(self, tag: int) -> None:
