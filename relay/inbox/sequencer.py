@@ -13,9 +13,8 @@ be applied next. The caller applies it and tells how that went; what is left in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from relay.message import Event
 
@@ -27,17 +26,16 @@ Unit = tuple[str, ...]
 """What fails alone: the Key of an ordered event, (source, message id) of one without order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """How far an aggregate has been applied."""
+class Cursor(NamedTuple):
+    """How far an aggregate has been applied. A named tuple, as `Arrival`: for each event one of each is made."""
 
     last_seq: int = 0  # 0: nothing yet
     last_digest: bytes | None = None  # of last_seq; None: not comparable (nothing applied, or a tombstone)
     blocked: bool = False  # the next message is in the table, to be tried (again) by the retry timer
+    has_held: bool = True  # False: when it was locked, the table held nothing of the aggregate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
+class Arrival(NamedTuple):
     """An event on its way to its handler: from the broker (`tag`) or from the table of held ones (`held_id`)."""
 
     event: Event
@@ -81,31 +79,34 @@ def is_ordered(event: Event, policy: Policy) -> bool:
 class Line:
     """The events of one aggregate in one transaction. Its cursor must be locked while the line is in use."""
 
+    __slots__ = ("_clears_held", "_failed", "_has_held", "_kept", "_latest", "before", "cursor")
+
     def __init__(self, cursor: Cursor, policy: Policy) -> None:
         self.cursor = cursor
         self.before = cursor
-        self.clears_held = False  # the table may hold what the cursor has passed
+        self._clears_held = False
+        self._has_held = cursor.has_held
         self._latest = policy == "latest"
         self._kept: dict[int, Arrival] = {}
         self._failed: list[Arrival] = []
 
     def offer(self, arrival: Arrival) -> Refusal | None:
         """Keep an arrival, or refuse it. A tombstone is never a conflict: it takes the place of what has its number."""
-        event, seq = arrival.event, _seq(arrival)
-        self.clears_held |= arrival.held_id is not None
-        if seq <= self.cursor.last_seq:
+        event, cursor = arrival.event, self.cursor
+        seq = event.seq
+        if seq is None:
+            raise ValueError("an event without a sequence number is not for a Line")
+        if arrival.held_id is not None:
+            self._clears_held = True
+        if seq <= cursor.last_seq:
             return self._refuse_past(event, seq)
         if (kept := self._kept.get(seq)) is not None and not event.is_tombstone:
             same = kept.event.is_tombstone or kept.event.digest == event.digest
             return Refusal.DUPLICATE if same else Refusal.CONFLICT
         self._kept[seq] = arrival
-        if (
-            self.cursor.blocked
-            and seq == self.cursor.last_seq + 1
-            and (event.is_tombstone or arrival.held_id is not None)
-        ):
-            self.cursor = replace(self.cursor, blocked=False)
-            self.clears_held = True
+        if cursor.blocked and seq == cursor.last_seq + 1 and (event.is_tombstone or arrival.held_id is not None):
+            self.cursor = cursor._replace(blocked=False)
+            self._clears_held = True
         return None if kept is None else Refusal.DUPLICATE
 
     def next(self) -> Arrival | None:
@@ -120,10 +121,12 @@ class Line:
         """Its effects (or none: a tombstone, a type without a handler) are in the transaction: advance."""
         seq, event = _seq(arrival), arrival.event
         del self._kept[seq]
-        self.cursor = Cursor(seq, None if event.is_tombstone else event.digest, blocked=False)
+        self.cursor = Cursor(seq, None if event.is_tombstone else event.digest, False)
         # Only the first successor of the cursor we found cannot be in the table: it would have been applied long ago.
-        self.clears_held |= self._latest or seq > self.before.last_seq + 1
-        self._failed = [other for other in self._failed if _seq(other) > seq]
+        if self._latest or seq > self.before.last_seq + 1:
+            self._clears_held = True
+        if self._failed:
+            self._failed = [other for other in self._failed if _seq(other) > seq]
 
     def failed(self, arrival: Arrival) -> None:
         """Its handler failed: hold it. Under `sequence` everything after it waits; under `latest` a newer one supersedes it."""
@@ -134,7 +137,7 @@ class Line:
 
     def block(self) -> None:
         """The next message is in the table and will be tried by the retry timer: nothing may overtake it."""
-        self.cursor = replace(self.cursor, blocked=True)
+        self.cursor = self.cursor._replace(blocked=True)
 
     def left(self) -> Iterator[tuple[Arrival, Reason]]:
         """What has to be held, and why."""
@@ -149,9 +152,14 @@ class Line:
         return self.cursor.last_seq > self.before.last_seq
 
     @property
+    def clears_held(self) -> bool:
+        """True when the table may hold what the cursor has passed."""
+        return self._clears_held and self._has_held
+
+    @property
     def follows(self) -> bool:
         """True when a held successor may be applied now."""
-        return self.advanced and not self._latest and not self.cursor.blocked
+        return self._has_held and self.advanced and not self._latest and not self.cursor.blocked
 
     def _refuse_past(self, event: Event, seq: int) -> Refusal:
         last = self.cursor

@@ -122,6 +122,8 @@ class Store:
         self._connection = connection
         self._consumer = consumer
         self._lock_timeout_s = lock_timeout_s
+        self.locked_in: str | None = None  # the transaction in which cursors were locked; None: none were
+        self.written_in: str | None = None  # in which they were written
 
     async def transaction_id(self) -> str:
         """The transaction we are in."""
@@ -129,11 +131,44 @@ class Store:
 
     async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
         """The cursors of these aggregates, created where missing, all locked until the end of the transaction."""
+        wanted = sorted(set(keys))
+        if not wanted:
+            return {}
         cursors: dict[Key, Cursor] = {}
-        for (source, aggregate_type), ids in sorted(_grouped(keys).items()):
-            for aggregate_id, cursor in (await self._lock_group(source, aggregate_type, sorted(ids))).items():
-                cursors[source, aggregate_type, aggregate_id] = cursor
-        return cursors
+        missing = wanted
+        for _ in range(_LOCK_ROUNDS):
+            cursors |= await self._lock(missing)
+            missing = [key for key in missing if key not in cursors]
+            if missing:
+                cursors |= await self._create(missing)
+                missing = [key for key in missing if key not in cursors]
+            if not missing:
+                return await self._with_held(cursors)
+        raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
+
+    async def _lock(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
+        """Those that exist."""
+        rows = await self._connection.fetch(
+            query("lock_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
+        )
+        return {keys[place - 1]: Cursor(last_seq, digest, blocked) for place, last_seq, digest, blocked in rows}
+
+    async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
+        """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
+        rows = await self._connection.fetch(
+            query("create_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
+        )
+        return {(source, aggregate_type, aggregate_id): Cursor() for source, aggregate_type, aggregate_id in rows}
+
+    async def _with_held(self, cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor]:
+        """The same, each with whether the table may hold something of it."""
+        keys = list(cursors)
+        row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *_columns(keys))
+        if row is None:
+            raise AssertionError("lines_with_held gives one row")
+        self.locked_in = row["transaction_id"]
+        known = {key: cursor._replace(has_held=False) for key, cursor in cursors.items()}
+        return known | {keys[place - 1]: cursors[keys[place - 1]] for place in row["places"]}
 
     async def insert_seen(self, events: Iterable[Event]) -> set[tuple[str, str]]:
         """Remember the ids of events without order; return those (source, message id) that are new."""
@@ -171,12 +206,10 @@ class Store:
         """Write cursors that are locked by this transaction."""
         if cursors:
             keys, values = list(cursors), list(cursors.values())
-            await self._connection.execute(
+            self.written_in = await self._connection.fetchval(
                 query("write_cursors"),
                 self._consumer,
-                [key[0] for key in keys],
-                [key[1] for key in keys],
-                [key[2] for key in keys],
+                *_columns(keys),
                 [c.last_seq for c in values],
                 [c.last_digest for c in values],
                 [c.blocked for c in values],
@@ -253,7 +286,7 @@ class Store:
             elif (
                 hold.reason == "failed" and held_id
             ):  # held early before, and its redelivered copy failed: the failure counts
-                await self._update_held([replace(hold, arrival=replace(hold.arrival, held_id=held_id))])
+                await self._update_held([replace(hold, arrival=hold.arrival._replace(held_id=held_id))])
             else:
                 same.append(hold.arrival)
         return same, other
@@ -283,29 +316,6 @@ class Store:
                 [s.properties for s in portion],
                 [s.body for s in portion],
             )
-
-    async def _lock_group(self, source: str, aggregate_type: str, ids: list[str]) -> dict[str, Cursor]:
-        """What is missing is inserted; what another consumer inserted meanwhile is then locked like the rest."""
-        found: dict[str, Cursor] = {}
-        missing = ids
-        for _ in range(_LOCK_ROUNDS):
-            rows = await self._connection.fetch(
-                query("lock_cursors"), self._consumer, source, aggregate_type, missing, timeout=self._lock_timeout_s
-            )
-            found |= {r["aggregate_id"]: Cursor(r["last_seq"], r["last_digest"], r["blocked"]) for r in rows}
-            missing = [i for i in ids if i not in found]
-            if not missing:
-                break
-            rows = await self._connection.fetch(
-                query("create_cursors"), self._consumer, source, aggregate_type, missing, timeout=self._lock_timeout_s
-            )
-            found |= {r["aggregate_id"]: Cursor() for r in rows}
-            missing = [i for i in ids if i not in found]
-            if not missing:
-                break
-        else:
-            raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
-        return found
 
     async def _insert_held(self, holds: Sequence[Hold]) -> set[tuple[object, ...]]:
         events = [hold.arrival.event for hold in holds]
@@ -446,6 +456,11 @@ def _arrival(row: asyncpg.Record) -> Arrival:
 
 def _name(event: Event) -> tuple[object, ...]:
     return (event.source, event.aggregate_type, event.aggregate_id, event.seq, event.message_id)
+
+
+def _columns(keys: Sequence[Key]) -> tuple[list[str], list[str], list[str]]:
+    """Sources, aggregate types, aggregate ids: as statements take keys."""
+    return [key[0] for key in keys], [key[1] for key in keys], [key[2] for key in keys]
 
 
 def _grouped(keys: Iterable[Key]) -> dict[tuple[str, str], list[str]]:

@@ -79,9 +79,10 @@ class SkipThrough(InboxAct):
 
     async def _lock(self, connection: Connection, consumer: str | None, source: str) -> None:
         """As the daemon does: an aggregate of which nothing has come yet has no cursor."""
-        if not await connection.fetch(query("lock_cursors"), consumer, source, self._type, [self._id]):
-            await connection.execute(query("create_cursors"), consumer, source, self._type, [self._id])
-            await connection.execute(query("lock_cursors"), consumer, source, self._type, [self._id])
+        key = ([source], [self._type], [self._id])
+        if not await connection.fetch(query("lock_cursors"), consumer, *key):
+            await connection.execute(query("create_cursors"), consumer, *key)
+            await connection.execute(query("lock_cursors"), consumer, *key)
 
     async def _held(self, connection: Connection, consumer: str, source: str) -> int:
         with postgres_errors():

@@ -25,22 +25,41 @@ WHERE pid = $1 AND application_name = left($2, 63) AND datname = current_databas
 SELECT pg_current_xact_id()::text
 
 -- name: lock_cursors
--- The cursors of a batch, locked in one order by everybody. Every decision about an aggregate is made under this lock.
--- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[])
-SELECT aggregate_id, last_seq, last_digest, blocked
-FROM relay.inbox_aggregate
-WHERE consumer = $1 AND source = $2 AND aggregate_type = $3 AND aggregate_id = ANY ($4::text[])
-ORDER BY aggregate_id COLLATE "C"
-FOR UPDATE
+-- The cursors of a batch, locked in one order by everybody: as given. Every decision about an aggregate is made under this lock.
+-- Each is looked for by its key: a subquery that locks is never joined in another way.
+-- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), sorted by bytes in this order
+SELECT k.place, c.last_seq, c.last_digest, c.blocked
+FROM unnest($2::text[], $3::text[], $4::text[]) WITH ORDINALITY AS k (source, aggregate_type, aggregate_id, place)
+CROSS JOIN LATERAL (
+  SELECT a.last_seq, a.last_digest, a.blocked FROM relay.inbox_aggregate a
+  WHERE a.aggregate_id = k.aggregate_id AND a.aggregate_type = k.aggregate_type AND a.source = k.source AND a.consumer = $1
+  FOR UPDATE
+) AS c
 
 -- name: create_cursors
 -- Cursors of aggregates never seen before: two consumers must not apply number 1 both, nor one hold number 2 unseen while
 -- the other applies number 1. Returns those that are ours now; waits for a consumer that is creating the same one.
--- $1 consumer, $2 source, $3 aggregate type, $4 aggregate ids (text[], sorted by bytes)
+-- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), sorted by bytes in this order
 INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq)
-SELECT $1, $2, $3, id, 0 FROM unnest($4::text[]) AS id
+SELECT $1, k.source, k.aggregate_type, k.aggregate_id, 0
+FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
 ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO NOTHING
-RETURNING aggregate_id
+RETURNING source, aggregate_type, aggregate_id
+
+-- name: lines_with_held
+-- Which of these aggregates have anything in the table of held messages (their places in the arrays), and the transaction we are in.
+-- To be asked once their cursors are locked: then nobody adds anything. Most have nothing, and need not be asked about it again.
+-- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[])
+SELECT pg_current_xact_id()::text AS transaction_id, ARRAY(
+  SELECT k.place
+  FROM unnest($2::text[], $3::text[], $4::text[]) WITH ORDINALITY AS k (source, aggregate_type, aggregate_id, place)
+  CROSS JOIN LATERAL (
+    SELECT FROM relay.inbox_held h
+    WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = k.aggregate_type AND h.source = k.source AND h.consumer = $1
+      AND h.seq IS NOT NULL
+    LIMIT 1
+  ) AS any_held
+) AS places
 
 -- name: insert_seen
 -- Returns the ids that were not seen before: theirs are the messages to apply.
@@ -150,13 +169,16 @@ SELECT extract(epoch FROM min(next_attempt_at) - clock_timestamp())::double prec
 FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 
 -- name: write_cursors
--- An upsert, though every row exists and is locked: there is no join for the planner to turn round.
+-- An upsert, though every row exists and is locked: there is no join for the planner to turn round. Returns the transaction we are in.
 -- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), $5 last seqs (bigint[]),
 -- $6 last digests (bytea[]), $7 blocked (boolean[])
-INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
-SELECT $1, c.* FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::bytea[], $7::boolean[]) AS c
-ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
-DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
+WITH written AS (
+  INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
+  SELECT $1, c.* FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::bytea[], $7::boolean[]) AS c
+  ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
+  DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
+)
+SELECT pg_current_xact_id()::text
 
 -- name: delete_held_through
 -- Held messages that have been applied, or were overtaken. What was applied under the same number came from the broker, and

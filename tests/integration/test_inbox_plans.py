@@ -11,8 +11,11 @@ from relay.postgres.queries import query
 from relay.settings import PostgresSettings
 
 IDS = [str(i) for i in range(200)]
+KEYS = (["s"] * 200, ["t"] * 200, IDS)
 STATEMENTS: dict[str, tuple[Any, ...]] = {
-    "lock_cursors": ("c", "s", "t", IDS),
+    "lock_cursors": ("c", *KEYS),
+    "lines_with_held": ("c", *KEYS),
+    "write_cursors": ("c", *KEYS, [2] * 200, [b""] * 200, [False] * 200),
     "held_successors": ("c", "s", "t", IDS, [1] * 200, 64, 1_000_000),
     "make_successors_due": ("c", "s", "t", IDS, [1] * 200),
     "release_waiting": ("c", "", "", "", 2000),
@@ -43,7 +46,7 @@ async def test_no_statement_of_a_batch_scans_a_table(name: str, rows: int, datab
         )
         plan = "\n".join(r[0] for r in await connection.fetch("EXPLAIN " + query(name), *STATEMENTS[name]))
         assert "Seq Scan" not in plan, plan
-        if name in ("held_successors", "make_successors_due", "release_waiting", "delete_held_through"):
+        if name in ("lines_with_held", "held_successors", "make_successors_due", "release_waiting", "delete_held_through"):
             assert "inbox_held_by_aggregate" in plan, plan
         if name == "let_first_lead":
             assert "inbox_by_aggregate" in plan, plan

@@ -94,6 +94,7 @@ class InboxDatabase(Server):
             transaction_id=self._transaction_id,
             lock_cursors=self._lock_cursors,
             create_cursors=self._create_cursors,
+            lines_with_held=self._lines_with_held,
             insert_seen=self._insert_seen,
             held_successors=self._held_successors,
             make_successors_due=self._make_successors_due,
@@ -138,44 +139,37 @@ class InboxDatabase(Server):
 
     # --- cursors
 
-    async def _lock_cursors(
-        self, session: Session, _consumer: str, source: str, kind: str, names: list[str]
-    ) -> list[dict[str, Any]]:
+    async def _lock_cursors(self, session: Session, _consumer: str, *columns: list[str]) -> list[tuple[Any, ...]]:
         """What exists when the statement begins, each as it is once its lock is ours."""
         found = []
-        for name in sorted(names):
-            key = (source, kind, name)
+        for place, key in enumerate(zip(*columns, strict=True), start=1):
             if key not in self.read(session, "cursors"):
                 continue
             if self.locks_cursors:
                 await self.lock(session, key)
             row = self.read(session, "cursors")[key]
-            found.append(
-                {
-                    "aggregate_id": name,
-                    "last_seq": row.last_seq,
-                    "last_digest": row.last_digest,
-                    "blocked": row.blocked,
-                }
-            )
+            found.append((place, row.last_seq, row.last_digest, row.blocked))
         return found
 
-    async def _create_cursors(
-        self, session: Session, _consumer: str, source: str, kind: str, names: list[str]
-    ) -> list[dict[str, Any]]:
+    async def _create_cursors(self, session: Session, _consumer: str, *columns: list[str]) -> list[tuple[str, ...]]:
         created = []
-        for name in names:
-            key = (source, kind, name)
+        for key in zip(*columns, strict=True):
             if self.locks_cursors:
                 await self.lock(session, key)
             if key not in self.read(session, "cursors"):
                 self.write(session, "cursors", key, CursorRow())
-                created.append({"aggregate_id": name})
+                created.append(key)
         return created
 
-    def _write_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> None:
+    def _lines_with_held(self, session: Session, _consumer: str, *columns: list[str]) -> list[dict[str, Any]]:
+        held = {row.key for row in self.held(session).values() if row.seq is not None}
+        places = [place for place, key in enumerate(zip(*columns, strict=True), start=1) if key in held]
+        return [{"transaction_id": self._transaction_id(session), "places": places}]
+
+    def _write_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> str:
         for source, kind, name, last_seq, digest, blocked in zip(*columns, strict=True):
             self.write(session, "cursors", (source, kind, name), CursorRow(last_seq, digest, blocked))
+        return self._transaction_id(session)
 
     async def _insert_seen(
         self, session: Session, _consumer: str, sources: list[str], ids: list[str]

@@ -214,7 +214,7 @@ def no_dedup() -> Any:
     def mutated(self: Line, arrival: Arrival) -> Refusal | None:
         seq = arrival.event.seq or 0
         if seq <= self.cursor.last_seq:
-            self.cursor = replace(self.cursor, last_seq=seq - 1)
+            self.cursor = self.cursor._replace(last_seq=seq - 1)
         return offer(self, arrival)
 
     return patch.object(Line, "offer", mutated)
@@ -275,7 +275,7 @@ def failed_does_not_block() -> Any:
         seq = arrival.event.seq or 0
         del self._kept[seq]
         self._failed.append(arrival)
-        self.cursor = replace(self.cursor, last_seq=seq)
+        self.cursor = self.cursor._replace(last_seq=seq)
 
     return patch.object(Line, "failed", mutated)
 
@@ -304,7 +304,7 @@ def stale_is_applied() -> Any:
 
     def mutated(self: Line, arrival: Arrival) -> Refusal | None:
         if self._latest and (seq := arrival.event.seq or 0) < self.cursor.last_seq:
-            self.cursor = replace(self.cursor, last_seq=seq - 1)
+            self.cursor = self.cursor._replace(last_seq=seq - 1)
         return offer(self, arrival)
 
     return patch.object(Line, "offer", mutated)
