@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 import structlog
 
@@ -16,16 +14,14 @@ from relay.inbox import store, stored
 from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
 from relay.inbox.failures import Collision, CommitFailed, HandlerFailed, loggable
-from relay.inbox.sequencer import Key, Unit
+from relay.inbox.narrowing import Narrowing
+from relay.inbox.sequencer import Arrival, Key
 from relay.inbox.stats import Stats
 from relay.inbox.work import FOLLOW_LIMIT, Batch, Rules, Work
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 
 log = structlog.get_logger()
-
-_SPLITS = 4
-"""After so many failing aggregates in one batch the rest is done aggregate by aggregate as well, not as a whole again."""
 
 _REDOS = 20
 _DUE_ROWS = 100
@@ -59,44 +55,26 @@ class Applier:
         self.done = Stats()
         self.left_due = False
         charges = Charges(self._suspects)
-        apart, batch = self._suspected(batch)
+        narrowing = Narrowing(batch, self._rules, self._suspects)
         refused: CommitFailed | None = None
-        while batch:
+        while (part := narrowing.next()) is not None:
             try:
-                await self._attempt(batch, charges, careful=False)
-                break
+                await self._attempt(part, charges, careful=False)
             except HandlerFailed as exc:
                 reached(Point.SET_APART)
                 self._note(exc, charges)
-                unit = self._rules.unit(exc.arrival)
-                taken, batch = self._split(batch, lambda other, unit=unit: other == unit)  # type: ignore[misc]
-                apart.append(taken)
+                narrowing.failed(part, exc.arrivals, dear=exc.ends_transaction)
             except CommitFailed as exc:
-                log.warning("batch_failed_at_commit", error=loggable(exc.error), events=len(batch.arrivals))
-                if not (units := self._units(batch)):
+                log.warning("batch_failed_at_commit", error=loggable(exc.error), events=len(part.arrivals))
+                if not narrowing.refused(part):
                     refused = exc
-                    break
-                apart += units
-                batch = batch.without_events()
-            if len(apart) >= _SPLITS:
-                apart += self._units(batch)
-                batch = batch.without_events()
-        for single in apart:
+        for single in narrowing.apart:
             await self._alone(single, charges)
         if refused is not None:
             raise PostgresUnavailable(
                 f"COMMIT fails without any handler's doing: {loggable(refused.error)}"
             ) from refused
         return self.done
-
-    def _suspected(self, batch: Batch) -> tuple[list[Batch], Batch]:
-        """Set apart from the start what may break the connection, so that the rest is durable before it is tried."""
-        if not self._suspects:
-            return [], batch
-        units = {self._rules.unit(a) for a in batch.arrivals if a.message in self._suspects}
-        units |= {self._rules.unit_of_due(d) for d in batch.due if (d.source, d.message_id) in self._suspects}
-        taken, rest = self._split(batch, units.__contains__)
-        return self._units(taken), rest
 
     async def retry_due(self, rows: int = _DUE_ROWS) -> Stats:
         """Try the held messages whose time has come; what waits behind those that succeed now follows."""
@@ -209,10 +187,8 @@ class Applier:
                 await asyncio.sleep(random.uniform(0, 0.01 * (redo + 1)))  # noqa: S311 - no secret
             else:
                 return
-        if (
-            last is not None and last.arrival is not None
-        ):  # enough of it: the last one to collide is held, or done alone
-            raise HandlerFailed(last.arrival, last.error, ends_transaction=careful)
+        if last is not None and last.arrivals:  # enough of it: the last one to collide is held, or done alone
+            raise HandlerFailed(last.arrivals, last.error, ends_transaction=careful)
         raise PostgresUnavailable(f"a batch was redone {_REDOS} times because of deadlocks or serialization failures")
 
     async def _transaction(
@@ -225,41 +201,34 @@ class Applier:
                 work = Work(connection, self._rules, careful=careful, charges=charges, follow=follow, given_up=given_up)
                 stats = await work.run(batch)
         except PostgresError:
-            if work is not None and work.called is not None and connection is not None and connection.is_closed():
-                self._suspects.accuse(work.called.message)
+            if work is not None and connection is not None and connection.is_closed():
+                self._accuse(work.called)
             raise
         reached(Point.COMMITTED)
         work.committed()
         self.done += stats
         self.left_due |= work.leaves_due
 
+    def _accuse(self, called: Sequence[Arrival]) -> None:
+        """The connection broke: of one message it is known whose handler was at work, of many it will be found out."""
+        if len(called) == 1:
+            self._suspects.accuse(called[0].message)
+        else:
+            units = {self._rules.unit(arrival) for arrival in called}
+            self._suspects.accuse_one_of([arrival.message for arrival in called], len(units))
+
     @staticmethod
     def _note(failure: HandlerFailed, charges: Charges) -> None:
-        """A handler that made the connection unfit is not given a second chance in the same batch."""
-        log.debug("handler_failed_in_batch", message_id=failure.arrival.event.message_id, error=loggable(failure.error))
-        if failure.ends_transaction:
-            charges.doom(failure.arrival.name, failure.error)
-
-    def _split(self, batch: Batch, chosen: Callable[[Unit], bool]) -> tuple[Batch, Batch]:
-        unit, of_due = self._rules.unit, self._rules.unit_of_due
-        taken = Batch(
-            arrivals=[a for a in batch.arrivals if chosen(unit(a))], due=[d for d in batch.due if chosen(of_due(d))]
+        """An event over which a handler made the connection unfit is not given a second chance in the same batch."""
+        first, *others = failure.arrivals
+        log.debug(
+            "handler_failed_in_batch",
+            message_id=first.event.message_id,
+            events=1 + len(others),
+            error=loggable(failure.error),
         )
-        rest = replace(
-            batch,
-            arrivals=[a for a in batch.arrivals if not chosen(unit(a))],
-            due=[d for d in batch.due if not chosen(of_due(d))],
-        )
-        return taken, rest
-
-    def _units(self, batch: Batch) -> list[Batch]:
-        """The batch, aggregate by aggregate."""
-        arrivals, due = defaultdict(list), defaultdict(list)
-        for a in batch.arrivals:
-            arrivals[self._rules.unit(a)].append(a)
-        for d in batch.due:
-            due[self._rules.unit_of_due(d)].append(d)
-        return [Batch(arrivals=arrivals[unit], due=due[unit]) for unit in dict.fromkeys((*arrivals, *due))]
+        if failure.ends_transaction and not others:
+            charges.doom(first.name, failure.error)
 
 
 def _singles(batch: Batch) -> Iterator[Batch]:

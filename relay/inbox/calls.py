@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 import asyncpg
@@ -20,27 +20,28 @@ from relay.inbox.failures import (
     speaks_of_server,
     too_long,
 )
-from relay.inbox.handlers import Handler
+from relay.inbox.handlers import Grouped, Handler
 from relay.inbox.sequencer import Arrival
 from relay.inbox.store import Store
 from relay.postgres.connect import Connection
 
 
 class Caller:
-    """Calls the handlers of one transaction. `called` is the last one: who was at work if the connection breaks."""
+    """Calls the handlers of one transaction. `called` are the events of the last call: who was at work if the connection breaks."""
 
     def __init__(self, connection: Connection, store: Store, charges: Charges, *, timeout_s: float) -> None:
         self._connection = connection
         self._store = store
         self._charges = charges
         self._timeout_s = timeout_s
-        self.called: Arrival | None = None
+        self.called: Sequence[Arrival] = ()
 
-    async def call_in_savepoint(self, handler: Handler, arrival: Arrival) -> None:
+    async def call_in_savepoint(self, handler: Handler | Grouped, arrival: Arrival) -> None:
+        """Call a handler with one event. After HandlerFailed nothing of it is left, unless that ends the transaction."""
         savepoint = self._connection.transaction()
         await savepoint.start()
         try:
-            await self.call(handler, arrival)
+            await self.call(handler, (arrival,))
         except HandlerFailed as exc:
             if not exc.ends_transaction:
                 await self._undo(savepoint.rollback, arrival)
@@ -51,26 +52,26 @@ class Caller:
             if not is_aborted(exc):
                 raise
             if exc.sqlstate != "25P02":
-                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
+                raise HandlerFailed((arrival,), ENDED, ends_transaction=True) from exc
             # asyncpg gives up a savepoint whose RELEASE failed; PostgreSQL has kept it, but the whole is redone anyway.
-            raise HandlerFailed(arrival, ABORTED, ends_transaction=True) from exc
+            raise HandlerFailed((arrival,), ABORTED, ends_transaction=True) from exc
 
     async def _undo(self, roll_back: Callable[[], object], arrival: Arrival) -> None:
         try:
             await roll_back()  # type: ignore[misc]
         except asyncpg.PostgresError as exc:
             if is_aborted(exc):
-                raise HandlerFailed(arrival, ENDED, ends_transaction=True) from exc
+                raise HandlerFailed((arrival,), ENDED, ends_transaction=True) from exc
             raise
 
-    async def call(self, handler: Handler, arrival: Arrival) -> None:
-        """Call a handler within its time. Raises what `_blamed` finds behind its exception."""
-        self.called = arrival
+    async def call(self, handler: Handler | Grouped, arrivals: Sequence[Arrival]) -> None:
+        """Call a handler within its time: with one event, unless it is Grouped. Raises what `_blamed` finds behind its exception."""
+        self.called = arrivals
         deadline = asyncio.timeout(self._timeout_s)
         failure: BaseException | None = None
         try:
             async with deadline:
-                await handler(arrival.event, self._connection)
+                await self._begun(handler, arrivals)
         except asyncio.CancelledError as exc:
             if _being_cancelled():
                 raise
@@ -78,22 +79,28 @@ class Caller:
         except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
             failure = exc
         if deadline.expired():
-            raise HandlerFailed(arrival, too_long(self._timeout_s), ends_transaction=True)
+            raise HandlerFailed(arrivals, too_long(self._timeout_s), ends_transaction=True)
         if failure is not None:
-            raise await self._blamed(failure, arrival) from failure
+            raise await self._blamed(failure, arrivals) from failure
         if self._connection.is_closed():
             raise _broken()
         if not self._connection.is_in_transaction():
-            raise HandlerFailed(arrival, ENDED, ends_transaction=True)
+            raise HandlerFailed(arrivals, ENDED, ends_transaction=True)
 
-    async def _blamed(self, failure: BaseException, arrival: Arrival) -> Exception:
+    def _begun(self, handler: Handler | Grouped, arrivals: Sequence[Arrival]) -> Awaitable[None]:
+        if isinstance(handler, Grouped):
+            return handler.function([arrival.event for arrival in arrivals], self._connection)
+        (arrival,) = arrivals
+        return handler(arrival.event, self._connection)
+
+    async def _blamed(self, failure: BaseException, arrivals: Sequence[Arrival]) -> Exception:
         """Whose fault it is: of the server only if our own connection has broken, of chance only a few times."""
         if await self._is_broken(failure):
             return _broken()
-        if collided(failure) and self._charges.forgives(arrival):
-            return Collision(described(failure), arrival)
+        if collided(failure) and self._charges.forgives(arrivals):
+            return Collision(described(failure), arrivals)
         ended = not self._connection.is_in_transaction()
-        return HandlerFailed(arrival, ENDED if ended else described(failure), ends_transaction=ended)
+        return HandlerFailed(arrivals, ENDED if ended else described(failure), ends_transaction=ended)
 
     async def _is_broken(self, failure: BaseException) -> bool:
         """Ask the connection itself: it may take a moment to notice, and the handler may have used another one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import asyncpg
 
@@ -27,15 +27,21 @@ ABORTED = (
     f"{HandlerError.__name__}: the handler swallowed an SQL error and left the transaction aborted (use a savepoint)"
 )
 DIED = f"{HandlerError.__name__}: the connection to PostgreSQL broke under the handler, again and again"
+SUSPECTED = (
+    f"{HandlerError.__name__}: the connection to PostgreSQL broke when the handler was called with this and others"
+)
 _TOO_LONG = re.compile(r"TimeoutError: the handler took longer than [0-9.e+-]+ s")
 
 
 class HandlerFailed(Exception):
-    """A handler raised, took too long, or broke its contract. `error` is fit for the table, `loggable` of it for the log."""
+    """A handler raised, took too long, or broke its contract. `error` is fit for the table, `loggable` of it for the log.
 
-    def __init__(self, arrival: Arrival, error: str, *, ends_transaction: bool = False) -> None:
+    `arrivals` are what it was called with: if they are several, one of them at least is to blame.
+    """
+
+    def __init__(self, arrivals: Sequence[Arrival], error: str, *, ends_transaction: bool = False) -> None:
         super().__init__(error)
-        self.arrival = arrival
+        self.arrivals = arrivals
         self.error = error
         self.ends_transaction = ends_transaction  # the connection is not fit for anything any more
 
@@ -49,12 +55,12 @@ class CommitFailed(Exception):
 
 
 class Collision(Exception):
-    """Deadlock or serialization failure: redo. `arrival` is whose handler was running, None: a statement of ours."""
+    """Deadlock or serialization failure: redo. `arrivals` are whose handler was running, none: a statement of ours."""
 
-    def __init__(self, error: str, arrival: Arrival | None = None, *, at_commit: bool = False) -> None:
+    def __init__(self, error: str, arrivals: Sequence[Arrival] = (), *, at_commit: bool = False) -> None:
         super().__init__(error)
         self.error = error
-        self.arrival = arrival
+        self.arrivals = arrivals
         self.at_commit = at_commit
 
 
@@ -106,7 +112,9 @@ def described(exc: BaseException) -> str:
 
 def loggable(error: str) -> str:
     """What of a described failure may go to a log: relay's own words, else only the class. The rest may be a payload."""
-    return error if error in (ENDED, ABORTED, DIED) or _TOO_LONG.fullmatch(error) else error.partition(":")[0]
+    return (
+        error if error in (ENDED, ABORTED, DIED, SUSPECTED) or _TOO_LONG.fullmatch(error) else error.partition(":")[0]
+    )
 
 
 def too_long(limit_s: float) -> str:

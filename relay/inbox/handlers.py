@@ -7,7 +7,8 @@ import inspect
 import re
 import sys
 from asyncio import Event as StopEvent
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,8 +21,22 @@ if TYPE_CHECKING:
     from relay.settings import Settings
 
 Handler = Callable[[Event, Connection], Awaitable[None]]
+BatchHandler = Callable[[Sequence[Event], Connection], Awaitable[None]]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,99}")
 _H = TypeVar("_H", bound=Handler)
+_B = TypeVar("_B", bound=BatchHandler)
+
+LIMIT = 1000
+"""Most events of one call, unless a batch handler sets its own: with more the round trip of a statement is a small part already,
+and its arrays, its time-out and what has to be taken apart when it fails only grow. The default batch is 500."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouped:
+    """A batch handler, and how many events it takes at most in one call. One function with one limit is one Grouped."""
+
+    function: BatchHandler
+    limit: int
 
 
 class Inbox:
@@ -37,6 +52,12 @@ class Inbox:
     order of the aggregate. It must not end that transaction (its own `async with tx.transaction()` is a savepoint and
     fine), and anything it does elsewhere (HTTP, mail) may happen again. It may be called again for an event whose first
     call was rolled back, for example because another event of the batch failed. It must not block the event loop.
+
+    A batch handler takes many events in one call, for set-based statements (see `on_batch`):
+
+        @inbox.on_batch("OrderPaid", "OrderCancelled")
+        async def settle(events: Sequence[Event], tx: Connection) -> None:
+            await tx.execute("INSERT ... SELECT * FROM unnest($1::text[])", [event.aggregate_id for event in events])
     """
 
     def __init__(self, name: str) -> None:
@@ -45,7 +66,7 @@ class Inbox:
                 f'Inbox({name!r}): the name is 1 to 100 letters, digits, _ . : -, for example Inbox("billing")'
             )
         self.name = name
-        self._handlers: dict[tuple[str | None, str], Handler] = {}
+        self._handlers: dict[tuple[str | None, str], Handler | Grouped] = {}
         self._others: Handler | None = None
 
     def on(self, *event_types: str, aggregate_type: str | None = None) -> Callable[[_H], _H]:
@@ -54,9 +75,7 @@ class Inbox:
         Event types without a handler are skipped (their number is used up); a handler for the aggregate type wins over one
         for all. Raises ConfigError for a second handler of the same types, and for a function that is not `async def`.
         """
-        names: tuple[object, ...] = event_types
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError('inbox.on(...): name at least one event type, for example @inbox.on("OrderPaid")')
+        _check_types("on", event_types)
 
         def register(handler: _H) -> _H:
             _check(handler, event_types)
@@ -66,10 +85,42 @@ class Inbox:
 
         return register
 
-    def handler(self, event: Event) -> Handler | None:
-        """The handler of an event; None: skip it."""
+    def on_batch(self, *event_types: str, aggregate_type: str | None = None, limit: int = LIMIT) -> Callable[[_B], _B]:
+        """Register a coroutine function that takes one or more events in one call, `limit` of them at most.
+
+        It is called inside the inbox's transaction. The events of an aggregate come in its order, within a call and from
+        call to call, also where its events have different handlers, of whatever kind. There is no order between aggregates.
+        Every event counts once, as with `on`.
+
+        When a call fails, nobody can tell which of its events is to blame, so everything is rolled back and called again in
+        smaller parts, at last one event at a time in a savepoint: the one that fails then is held, with what comes after it
+        in its aggregate, and all others are committed. What a handler does must not depend on how events are grouped, then:
+        neither on how many there are, nor on which come together. `inbox.handler_timeout_s` is for one call.
+
+        The rules of `on` hold: a type of an aggregate type has one handler, of one kind. Raises ConfigError.
+        """
+        _check_types("on_batch", event_types)
+        if type(limit) is not int or limit < 1:
+            raise ConfigError(f"inbox.on_batch(limit={limit!r}): the most events of one call, a whole number from 1")
+
+        def register(handler: _B) -> _B:
+            _check(handler, event_types)
+            grouped = self._grouped(handler, limit)
+            for event_type in event_types:
+                self._add((aggregate_type, event_type), grouped)
+            return handler
+
+        return register
+
+    def handler(self, event: Event) -> Handler | Grouped | None:
+        """The handler of an event, a Grouped if it takes many; None: skip it."""
         specific = self._handlers.get((event.aggregate_type, event.event_type))
         return specific or self._handlers.get((None, event.event_type)) or self._others
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether there are batch handlers."""
+        return any(isinstance(handler, Grouped) for handler in self._handlers.values())
 
     @property
     def event_types(self) -> frozenset[str]:
@@ -102,7 +153,14 @@ class Inbox:
 
         return await run(self, settings, stop=stop, on_commit=on_commit)
 
-    def _add(self, key: tuple[str | None, str], handler: Handler) -> None:
+    def _grouped(self, function: BatchHandler, limit: int) -> Grouped:
+        """The same for the same function, so that types that it was registered for one by one come in one call."""
+        for known in self._handlers.values():
+            if isinstance(known, Grouped) and known.function is function and known.limit == limit:
+                return known
+        return Grouped(function, limit)
+
+    def _add(self, key: tuple[str | None, str], handler: Handler | Grouped) -> None:
         if (other := self._handlers.get(key)) is not None:
             of = f" of {key[0]}" if key[0] else ""
             raise ConfigError(f"two handlers for {key[1]}{of}: {_name(other)} and {_name(handler)}")
@@ -138,8 +196,17 @@ def _inbox(found: object, name: str) -> Inbox:
     if not isinstance(found, Inbox):
         raise ConfigError(f"{name} is a {type(found).__name__}, not a relay.inbox.Inbox")
     if not found.event_types:
-        raise ConfigError(f"{name} has no handlers: every event would be skipped. Register some with @inbox.on(...)")
+        raise ConfigError(
+            f"{name} has no handlers: every event would be skipped. Register some with @inbox.on(...) or @inbox.on_batch(...)"
+        )
     return found
+
+
+def _check_types(method: str, event_types: tuple[object, ...]) -> None:
+    if not event_types or not all(isinstance(name, str) and name for name in event_types):
+        raise ConfigError(
+            f'inbox.{method}(...): name at least one event type, for example @inbox.{method}("OrderPaid")'
+        )
 
 
 def _check(handler: object, event_types: tuple[str, ...]) -> None:
@@ -151,4 +218,5 @@ def _check(handler: object, event_types: tuple[str, ...]) -> None:
 
 
 def _name(handler: object) -> str:
+    handler = handler.function if isinstance(handler, Grouped) else handler
     return getattr(handler, "__qualname__", repr(handler))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -13,13 +13,9 @@ from relay.failpoints import Point, reached
 from relay.inbox import gaps
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
-from relay.inbox.failures import (
-    DIED,
-    CommitFailed,
-    HandlerFailed,
-    loggable,
-)
+from relay.inbox.failures import DIED, CommitFailed, loggable
 from relay.inbox.handlers import Inbox
+from relay.inbox.handling import Handling
 from relay.inbox.sequencer import Arrival, Cursor, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
 from relay.inbox.stats import Stats, Tally
 from relay.inbox.store import LOCK_TIMEOUT_S, Conflict, Due, Hold, Store, Stranger
@@ -56,10 +52,13 @@ class Rules:
         """False: the event is only deduplicated, by its message id."""
         return is_ordered(event, self.policy(event.aggregate_type))
 
+    def key(self, event: Event) -> Key | None:
+        """The cursor that an event needs; None for one without order."""
+        return key_of(event) if self.is_ordered(event) else None
+
     def unit(self, arrival: Arrival) -> Unit:
         """What fails together with an arrival."""
-        key = key_of(arrival.event) if self.is_ordered(arrival.event) else None
-        return key or (arrival.event.source, arrival.event.message_id)
+        return self.key(arrival.event) or arrival.message
 
     def unit_of_due(self, due: Due) -> Unit:
         """The same for a held message that has not been loaded yet."""
@@ -100,8 +99,9 @@ class Work:
     """One transaction's work. A Work is used once: a transaction that is redone starts a new one.
 
     `careful`: a savepoint for each message, so that one that fails is held and the others stay. Otherwise the first
-    failure is raised as HandlerFailed. Arrivals that `charges` have a verdict on (their handler took too long, or ended the
-    transaction) are held without another try. `follow` bounds how many held successors are applied.
+    failure is raised as HandlerFailed, and batch handlers get what can be applied together: it is sequenced as if they
+    succeeded. Arrivals that `charges` have a verdict on (their handler took too long, or ended the transaction) are held
+    without another try. `follow` bounds how many held successors are applied.
     `given_up` are held tombstones (their ids) that come before the copies among the arrivals of what an operator gave up.
     That there are such is noticed only when they are passed: `run` raises GivenUp then.
     """
@@ -118,7 +118,6 @@ class Work:
     ) -> None:
         self._connection = connection
         self._rules = rules
-        self._careful = careful
         self._charges = charges
         self._follow_left = follow
         self._given_up = given_up
@@ -129,49 +128,44 @@ class Work:
         self._stored = Stored(connection, rules.consumer) if rules.settings.mode == "store" else None
         self._lines: dict[Key, Line] = {}
         self._fresh: set[tuple[str, str]] = set()
-        self._errors: dict[tuple[str, int], str] = {}
         self._loose_failures: list[Arrival] = []
         self._loose_done: list[int] = []
         self._strangers: list[Stranger] = []
         self._taken: dict[Key, dict[int, bytes]] = {}  # digests of what came from the broker and was applied
         self._failures: list[Hold] = []
         self._conflicts: list[Conflict] = []
-        self._cleared: list[Arrival] = []
         self._stuck: list[tuple[Key, str]] = []
         self._dropped: list[gaps.Told] = []
         self._tally = Tally()
         self._caller = Caller(connection, self._store, charges, timeout_s=rules.settings.handler_timeout_s)
+        self._handling = Handling(rules.inbox, self._caller, charges, self._tally, careful=careful)
         self.leaves_due = False  # held successors were left to the retry timer
 
     @property
-    def called(self) -> Arrival | None:
-        """Whose handler was called last."""
+    def called(self) -> Sequence[Arrival]:
+        """What a handler was called with last."""
         return self._caller.called
 
     async def run(self, batch: Batch) -> Stats:
         """Do it all but the COMMIT; the counts are true once that succeeded."""
-        transaction = await self._store.transaction_id()
         self._strangers += batch.strangers
         await self._lock(batch)
+        transaction = self._store.locked_in or await self._store.transaction_id()
         reached(Point.CURSORS_LOCKED)
-        for arrival in await self._store.held(self._given_up):
-            if key_of(arrival.event) in self._lines:
-                await self._take(arrival)
-        for arrival in batch.arrivals:
-            await self._take(arrival)
-        for arrival in await self._store.lock_due(batch.due):
-            await self._take(arrival)
+        given_up = [a for a in await self._store.held(self._given_up) if key_of(a.event) in self._lines]
+        due = await self._store.lock_due(batch.due)
+        await self._take([*given_up, *batch.arrivals, *due])
         await self._follow()
         await self._write()
         await self._heed(batch.controls)
         reached(Point.WRITTEN)
-        if await self._store.transaction_id() != transaction:
+        if (self._store.written_in or await self._store.transaction_id()) != transaction:
             raise CommitFailed("HandlerError: a handler ended the inbox's transaction")
         return self._tally.stats()
 
     def committed(self) -> None:
         """Say what somebody should know, and forget what was suspected: call it after the COMMIT."""
-        for arrival in self._cleared:
+        for arrival in self._handling.cleared:
             self._charges.suspects.clear(arrival.message)
         for hold in self._failures:
             if hold.error == DIED:
@@ -202,37 +196,65 @@ class Work:
             a.event for a in batch.arrivals if not self._rules.is_ordered(a.event)
         )
 
-    async def _take(self, arrival: Arrival) -> None:
-        key = key_of(arrival.event) if self._rules.is_ordered(arrival.event) else None
-        if key is None:
-            await self._take_loose(arrival)
-            return
-        line = self._lines[key]
-        if (refusal := line.offer(arrival)) is not None:
-            self._refuse(arrival, refusal)
-        await self._drain(line)
+    async def _take(self, arrivals: Sequence[Arrival]) -> None:
+        """Take arrivals in this order, and apply what can be applied. Awaits nothing for an event that is postponed."""
+        for key, arrival in self._applicable(arrivals):
+            succeeds = self._postpones(key, arrival) or await self._succeeds(arrival)
+            if key is None:
+                self._settle_loose(arrival, succeeds)
+            else:
+                self._settle(key, arrival, succeeds)
+        await self._handling.call_postponed()
 
-    async def _take_loose(self, arrival: Arrival) -> None:
+    def _applicable(self, arrivals: Sequence[Arrival]) -> Iterator[tuple[Key | None, Arrival]]:
+        """What can be applied now that these come, each to be settled before the next is asked for."""
+        for arrival in arrivals:
+            key = self._rules.key(arrival.event)
+            if key is None:
+                if self._is_fresh(arrival):
+                    yield None, arrival
+                continue
+            line = self._lines[key]
+            if (refusal := line.offer(arrival)) is not None:
+                self._refuse(arrival, refusal)
+            while (applicable := line.next()) is not None:
+                yield key, applicable
+
+    def _is_fresh(self, arrival: Arrival) -> bool:
         """A message without order: once by its id, whatever else happens."""
-        name = (arrival.event.source, arrival.event.message_id)
-        if arrival.held_id is None:
-            if name not in self._fresh:
-                self._tally.add("duplicates")
-                return
-            self._fresh.remove(name)
-        if not await self._succeeds(arrival):
+        if arrival.held_id is not None:
+            return True
+        if arrival.message not in self._fresh:
+            self._tally.add("duplicates")
+            return False
+        self._fresh.remove(arrival.message)
+        return True
+
+    def _postpones(self, key: Key | None, arrival: Arrival) -> bool:
+        return self._stored is None and self._handling.postpone(key, arrival)
+
+    async def _succeeds(self, arrival: Arrival) -> bool:
+        """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
+        if self._stored is None or arrival.event.is_tombstone:
+            return await self._handling.succeeds(arrival)
+        await self._stored.add(arrival.event)
+        self._tally.add("applied")
+        return True
+
+    def _settle(self, key: Key, arrival: Arrival, succeeds: bool) -> None:
+        line = self._lines[key]
+        if not succeeds:
+            line.failed(arrival)
+            return
+        line.applied(arrival)
+        if arrival.held_id is None and not arrival.event.is_tombstone:
+            self._taken.setdefault(key, {})[line.cursor.last_seq] = arrival.event.digest
+
+    def _settle_loose(self, arrival: Arrival, succeeds: bool) -> None:
+        if not succeeds:
             self._loose_failures.append(arrival)
         elif arrival.held_id is not None:
             self._loose_done.append(arrival.held_id)
-
-    async def _drain(self, line: Line) -> None:
-        while (arrival := line.next()) is not None:
-            if not await self._succeeds(arrival):
-                line.failed(arrival)
-                continue
-            line.applied(arrival)
-            if arrival.held_id is None and not arrival.event.is_tombstone and (key := key_of(arrival.event)):
-                self._taken.setdefault(key, {})[line.cursor.last_seq] = arrival.event.digest
 
     async def _follow(self) -> None:
         """Held successors of what was applied follow in the same transaction, in bounded portions.
@@ -240,6 +262,7 @@ class Work:
         A portion may leave lines out, being bounded in bytes: the loop ends only when no line has a successor.
         """
         until = self._clock() + FOLLOW_S
+        self._handling.follows = True
         while following := {key: line.cursor for key, line in self._lines.items() if line.follows}:
             if self._follow_left <= 0 or self._clock() > until:
                 await self._leave_to_timer(following)
@@ -248,8 +271,7 @@ class Work:
             if not found:
                 return
             self._follow_left -= len(found)
-            for arrival in found:
-                await self._take(arrival)
+            await self._take(found)
             reached(Point.FOLLOWED)
 
     async def _leave_to_timer(self, following: Mapping[Key, Cursor]) -> None:
@@ -363,7 +385,7 @@ class Work:
             arrival=arrival,
             reason=reason,
             attempts=attempts,
-            error=self._errors.get(arrival.name),
+            error=self._handling.errors.get(arrival.name),
             delay_s=self._rules.delay_s(attempts),
         )
 
@@ -402,30 +424,3 @@ class Work:
             message_id=conflict.message_id,
             reason="two messages have the same number and different content; one of them is in relay.inbox_quarantine",
         )
-
-    async def _succeeds(self, arrival: Arrival) -> bool:
-        """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
-        if self._stored is not None and not arrival.event.is_tombstone:
-            await self._stored.add(arrival.event)
-            self._tally.add("applied")
-            return True
-        handler = None if arrival.event.is_tombstone else self._rules.inbox.handler(arrival.event)
-        if handler is None:
-            self._tally.add("skipped")
-            return True
-        try:
-            self._refuse_known(arrival)
-            await (self._caller.call_in_savepoint if self._careful else self._caller.call)(handler, arrival)
-        except HandlerFailed as exc:
-            if not self._careful or exc.ends_transaction:
-                raise
-            self._errors[arrival.name] = exc.error
-            return False
-        self._tally.add("applied")
-        if arrival.message in self._charges.suspects:
-            self._cleared.append(arrival)
-        return True
-
-    def _refuse_known(self, arrival: Arrival) -> None:
-        if (verdict := self._charges.verdict(arrival)) is not None:
-            raise HandlerFailed(arrival, verdict)
