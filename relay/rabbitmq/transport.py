@@ -30,7 +30,8 @@ class SplitTransport(aiormq.TransportFactory):
     """The transport of one connection: give it to `session.connect`, then `register` a sink for a channel at any time.
 
     `lost` is done as soon as the socket is gone, with the reason in relay's words; it never carries an exception. A stream that
-    is broken, and a sink that raises, cut the connection: then the reason says so, and `lost.result().__cause__` is what was raised.
+    cannot be followed and a sink that raises cut the connection: then `broken` says so, in the same words, with what was raised
+    as its cause. Any other end aiormq tells as well, and more exactly if the broker said a word.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class SplitTransport(aiormq.TransportFactory):
         self._splitter = Splitter()
         self._writer: asyncio.StreamWriter | None = None
         self.lost: asyncio.Future[BrokerUnavailable] = self._loop.create_future()
+        self.broken: BrokerUnavailable | None = None
         self.after_data: Callable[[], object] | None = None
         """Called once after each piece of the stream, when the sinks have got what was in it. Like a sink, it may raise."""
 
@@ -96,14 +98,13 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._clock = loop.time
         self._passed_on_at = loop.time()
         self._socket: asyncio.BaseTransport | None = None
-        self._broken: Exception | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._socket = transport
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._broken is not None:
+        if self._owner.broken is not None:
             return
         try:
             rest = self._owner.feed(data)
@@ -118,23 +119,22 @@ class _Protocol(asyncio.StreamReaderProtocol):
             super().data_received(rest)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        lost = self._owner.lost
-        if not lost.done():
-            lost.set_result(_reason(self._broken, exc))
+        if not self._owner.lost.done():
+            self._owner.lost.set_result(self._owner.broken or _ended(exc))
         super().connection_lost(exc)
 
     def _cut(self, exc: Exception) -> None:
-        self._broken = exc
+        if isinstance(exc, FrameError):
+            broken = BrokerUnavailable(f"what RabbitMQ sent cannot be followed: {exc}")
+        else:
+            broken = BrokerUnavailable(f"the connection was cut, what RabbitMQ sent could not be taken: {exc!r}")
+        broken.__cause__ = exc
+        self._owner.broken = broken
         if isinstance(self._socket, asyncio.WriteTransport):
             self._socket.abort()
 
 
-def _reason(broken: Exception | None, exc: Exception | None) -> BrokerUnavailable:
-    if isinstance(broken, FrameError):
-        error = BrokerUnavailable(f"what RabbitMQ sent cannot be followed: {broken}")
-    elif broken is not None:
-        error = BrokerUnavailable(f"the connection was cut, a message could not be taken: {broken!r}")
-    else:
-        error = BrokerUnavailable(f"the connection to RabbitMQ has ended{f': {exc}' if exc else ''}")
-    error.__cause__ = broken or exc
+def _ended(exc: Exception | None) -> BrokerUnavailable:
+    error = BrokerUnavailable(f"the connection to RabbitMQ has ended{f': {exc}' if exc else ''}")
+    error.__cause__ = exc
     return error

@@ -22,7 +22,7 @@ from pamqp.exceptions import UnmarshalingException
 
 from relay.errors import BrokerError, BrokerUnavailable, UnreadableMessage
 from relay.message import Delivery
-from relay.rabbitmq import session, stock_consumer
+from relay.rabbitmq import session, subscription
 from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.stock_consumer import StockConsumer
 from relay.rabbitmq.stock_publisher import StockPublisher
@@ -279,7 +279,7 @@ class TestL:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.1)
-        monkeypatch.setattr(stock_consumer, "CLOSE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(subscription, "CLOSE_TIMEOUT_S", 0.1)
         async with stub_broker() as broker:
             consumer = await StockConsumer.open(broker.settings(), QUEUE, prefetch=1, name="traps")
             broker.last.stop_reading()

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from relay.errors import BrokerError, BrokerRefused
 from relay.message import Delivery
 from relay.rabbitmq.contract import Consumer
+from relay.rabbitmq.fast_consumer import FastConsumer
 from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.stock_consumer import StockConsumer
 from relay.settings import RabbitmqSettings
@@ -23,15 +24,20 @@ DEADLINE_S = 20
 Open = Callable[..., Awaitable[Consumer]]
 
 
-def stock(url: str, *, prefetch: int = 100, queue: InboxQueue = QUEUE, declare: bool = True) -> Awaitable[Consumer]:
-    settings = RabbitmqSettings(url=SecretStr(url), declare_topology=declare)
-    return StockConsumer.open(settings, queue, prefetch=prefetch, name="contract test")
+IMPLEMENTATIONS: dict[str, type[StockConsumer | FastConsumer]] = {"stock": StockConsumer, "fast": FastConsumer}
 
 
-@pytest.fixture(params=[stock], ids=["stock"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def open_consumer(request: pytest.FixtureRequest) -> Open:
-    found: Open = request.param
-    return found
+    implementation = IMPLEMENTATIONS[request.param]
+
+    def opening(
+        url: str, *, prefetch: int = 100, queue: InboxQueue = QUEUE, declare: bool = True
+    ) -> Awaitable[Consumer]:
+        settings = RabbitmqSettings(url=SecretStr(url), declare_topology=declare)
+        return implementation.open(settings, queue, prefetch=prefetch, name="contract test")
+
+    return opening
 
 
 @asynccontextmanager
