@@ -13,25 +13,16 @@ from aio_pika.abc import AbstractChannel, AbstractExchange
 from pamqp.commands import Basic
 
 from relay.errors import BrokerRefused, BrokerUnavailable
-from relay.message import MAX_BODY_BYTES, Message
+from relay.message import Message
+from relay.rabbitmq.blame import blames_the_message
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
-from relay.rabbitmq.session import Session, broker_errors, close, connect, reply_code, reply_text
+from relay.rabbitmq.refusals import unsendable
+from relay.rabbitmq.session import Session, broker_errors, close, connect, reply_text
 from relay.rabbitmq.topology import exchange
 from relay.settings import RabbitmqSettings
 
 _IN_FLIGHT = 500
 """Messages sent and not yet confirmed. aiormq scans all of them for each multiple ack, so more is slower (PERFORMANCE A)."""
-
-_HEADER_ROOM = 131072 - 8 - 8192
-"""Largest header frame: frame_max less its envelope and less what a quorum queue adds on redelivery (FASTLANE 1.3).
-Larger properties close the connection, so they are refused before they are sent."""
-
-_HEADER_NAME_BYTES = 128
-"""Longest name of a header in AMQP 0-9-1: pamqp cuts a longer one, with a line in its log."""
-
-_MESSAGE_AT_FAULT = (311, 406, 501)
-"""Reply codes with which RabbitMQ closes a channel or connection because of one message, not because of us: content too
-large, precondition failed (larger than max_message_size), frame error."""
 
 
 class StockPublisher:
@@ -47,6 +38,7 @@ class StockPublisher:
         self._confirm_timeout_s = confirm_timeout_s
         self._lost: BaseException | None = None
         self._in_flight: set[str] = set()
+        self._turn = asyncio.Lock()  # fair: calls take turns in the order in which they were begun
 
     @classmethod
     async def open(
@@ -88,10 +80,13 @@ class StockPublisher:
     @property
     def message_is_suspect(self) -> bool:
         """See the contract."""
-        return self._lost is not None and _blames_the_message(self._lost)
+        return self._lost is not None and blames_the_message(self._lost)
 
     async def publish(self, messages: Sequence[Message]) -> list[Outcome]:
-        """See the contract. aiormq attributes a returned message by its id, so the ids in flight must be distinct."""
+        """See the contract: a call waits until the one before it has ended.
+
+        aiormq attributes a returned message by its id, so the ids in flight must be distinct.
+        """
         ids = {message.message_id for message in messages}
         if len(ids) != len(messages):
             raise ValueError("two messages of one batch have the same message_id")
@@ -102,8 +97,12 @@ class StockPublisher:
         outcomes: list[Outcome] = []
         self._in_flight |= ids
         try:
-            for start in range(0, len(messages), _IN_FLIGHT):
-                outcomes += await self._publish_window(messages[start : start + _IN_FLIGHT])
+            async with self._turn:
+                for start in range(0, len(messages), _IN_FLIGHT):
+                    outcomes += await self._publish_window(messages[start : start + _IN_FLIGHT])
+        except asyncio.CancelledError:
+            self._end(BrokerUnavailable("publishing was cancelled"))
+            raise
         finally:
             self._in_flight -= ids
         return outcomes
@@ -163,7 +162,7 @@ class StockPublisher:
         return True
 
     async def _publish_one(self, message: Message) -> Outcome:
-        if (refused := _unsendable(message)) is not None:
+        if (refused := unsendable(message)) is not None:
             return refused
         try:
             answer = await self._target.publish(_amqp(message), message.routing_key, mandatory=True)
@@ -172,7 +171,7 @@ class StockPublisher:
         except aiormq.exceptions.DeliveryError:
             return Nacked()
         except (ValueError, TypeError, OverflowError, struct.error) as exc:
-            # pamqp cannot encode what `_unsendable` let through. aiormq 7.2.4 takes its tag back; one that does not would
+            # pamqp cannot encode what `unsendable` let through. aiormq 7.2.4 takes its tag back; one that does not would
             # take the answer to each later message for another's (RELIABILITY 3-A), so this channel is not used again.
             self._end(BrokerUnavailable("a message could not be encoded"))
             return Refused("unencodable", f"{type(exc).__name__}: {exc}"[:300])
@@ -189,7 +188,7 @@ class StockPublisher:
         exc = task.exception()
         if exc is None:
             return task.result()
-        if in_flight == 1 and _blames_the_message(exc):
+        if in_flight == 1 and blames_the_message(exc):
             self._end(exc)
             return Refused("refused", reply_text(exc))
         self._end(exc)
@@ -207,48 +206,6 @@ async def _discard(tasks: Sequence[asyncio.Task[Outcome]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _blames_the_message(exc: BaseException) -> bool:
-    code = reply_code(exc)
-    return code in _MESSAGE_AT_FAULT or (code == 403 and "access to topic '" in reply_text(exc))
-
-
-def _unsendable(message: Message) -> Refused | None:
-    """What must be refused before aiormq sees it: the broker would close the connection over it, or pamqp not encode it.
-
-    Complete, also for what pamqp would quietly change: the name of a header that it cuts, a float that it rounds.
-    """
-    if len(message.body) > MAX_BODY_BYTES:
-        return Refused("too_large", f"the body is {len(message.body)} bytes, the limit is {MAX_BODY_BYTES}")
-    try:
-        key = len(message.routing_key.encode())
-        size = sum(len(k.encode()) + len(str(v).encode()) + 16 for k, v in message.headers.items())
-        texts = [
-            len(t.encode()) for t in (message.message_id, message.event_type, message.source, message.content_type)
-        ]
-    except UnicodeEncodeError as exc:
-        return Refused("unencodable", f"not valid Unicode: {exc.reason}")
-    if key > 255 or max(texts) > 255:
-        return Refused("unencodable", f"the routing key or a property is longer than 255 bytes (routing key: {key})")
-    if size > _HEADER_ROOM - 1024:
-        return Refused("too_large", f"the headers are about {size} bytes, the limit is {_HEADER_ROOM - 1024}")
-    if message.occurred_at.year < 1970:
-        return Refused("unencodable", "a time before 1970 has no AMQP timestamp")
-    for name, value in message.headers.items():
-        if (detail := _unsendable_header(name, value)) is not None:
-            return Refused("unencodable", detail)
-    return None
-
-
-def _unsendable_header(name: str, value: object) -> str | None:
-    if len(name.encode()) > _HEADER_NAME_BYTES:
-        return f"a header's name is longer than {_HEADER_NAME_BYTES} bytes: {name[:40]!r}"
-    if not isinstance(value, str | int):  # bool is an int
-        return f"the header {name[:40]!r} is a {type(value).__name__}: only texts, whole numbers and booleans keep their value"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return f"the header {name[:40]!r} does not fit into 64 bits"
-    return None
 
 
 def _amqp(message: Message) -> aio_pika.Message:

@@ -196,7 +196,7 @@ class TestA:
     ) -> None:
         """Used on, it would be told of D's ack as C's, which the broker has refused."""
         forgetful(monkeypatch)
-        monkeypatch.setattr("relay.rabbitmq.stock_publisher._unsendable", lambda _message: None)
+        monkeypatch.setattr("relay.rabbitmq.stock_publisher.unsendable", lambda _message: None)
         async with stub_broker(nacks_the_second) as broker, publisher_to(broker) as publisher:
             batch = [message("bad", message_id="m" * 256), message("B"), message("C"), message("D")]
             outcomes = await publisher.publish(batch)
@@ -575,7 +575,7 @@ def watchers(publisher: StockPublisher) -> int:
 
 class TestI:
     def test_today_pamqp_rounds_a_float_cuts_a_name_and_refuses_what_does_not_fit(self) -> None:
-        """If this fails, the table's constraint `headers_are_valid` and `_unsendable_header` may be wider."""
+        """If this fails, the table's constraint `headers_are_valid` and `unsendable` may be wider."""
         assert decode.field_table(encode.field_table({"f": 0.1}))[1]["f"] != 0.1
         (name,) = decode.field_table(encode.field_table({"n" * 129: "x"}))[1]
         assert name == "n" * 128
