@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from relay.errors import ConfigError
 from relay.inbox import Event, Inbox, load
+from relay.inbox.handlers import Grouped
 from relay.postgres.connect import Connection
 
 
@@ -102,3 +104,64 @@ def test_everything_that_can_be_wrong_with_a_name_is_told_apart(
     assert load("inbox_app_fine:inbox").name == "x"
     with pytest.raises(ConfigError, match=message):
         load(name)
+
+
+async def all_of(events: Sequence[Event], tx: Connection) -> None: ...
+
+
+def test_a_batch_handler_is_registered_by_the_rules_of_on() -> None:
+    inbox = Inbox("billing")
+    inbox.on("A")(one)
+    inbox.on_batch("A", "B", aggregate_type="order")(all_of)
+    inbox.on_batch("C", limit=7)(all_of)
+    found = inbox.handler(event("A"))
+    assert isinstance(found, Grouped)
+    assert (found.function, found.limit) == (all_of, 1000)
+    assert inbox.handler(event("A", "cart")) is one
+    assert inbox.handler(event("B", "cart")) is None
+    assert inbox.event_types == {"A", "B", "C"}
+    assert inbox.takes_batches
+    assert not Inbox("other").takes_batches
+    limited = inbox.handler(event("C"))
+    assert isinstance(limited, Grouped)
+    assert limited.limit == 7
+
+
+def test_one_function_with_one_limit_is_one_batch_handler_however_it_was_registered() -> None:
+    inbox = Inbox("billing")
+    inbox.on_batch("A")(inbox.on_batch("B")(all_of))
+    inbox.on_batch("C", limit=5)(all_of)
+    assert inbox.handler(event("A")) is inbox.handler(event("B"))
+    assert inbox.handler(event("C")) is not inbox.handler(event("B"))
+
+
+def test_a_type_has_one_handler_of_one_kind() -> None:
+    inbox = Inbox("billing")
+    inbox.on("A")(one)
+    inbox.on_batch("B")(all_of)
+    with pytest.raises(ConfigError, match="two handlers for A: one and all_of"):
+        inbox.on_batch("A")(all_of)
+    with pytest.raises(ConfigError, match="two handlers for B: all_of and one"):
+        inbox.on("B")(one)
+    with pytest.raises(ConfigError, match="two handlers for B: all_of and all_of"):
+        inbox.on_batch("B")(all_of)
+    with pytest.raises(ConfigError, match=r"two handlers for B: one of inbox.functions and one of Inbox\('billing'\)"):
+        inbox.with_functions({"B": one})
+    assert inbox.with_functions({"*": two}).takes_batches
+
+
+def test_what_cannot_be_a_batch_handler_is_refused() -> None:
+    def plain(events: Sequence[Event], tx: Connection) -> None: ...
+
+    inbox = Inbox("billing")
+    with pytest.raises(ConfigError, match="plain of A is not an `async def` function"):
+        inbox.on_batch("A")(plain)  # type: ignore[type-var]
+    with pytest.raises(ConfigError, match=r"inbox.on_batch\(...\): name at least one event type"):
+        inbox.on_batch()
+    with pytest.raises(ConfigError, match="at least one event type"):
+        inbox.on_batch(all_of)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="relay's own"):
+        inbox.on_batch("relay.tombstone")(all_of)
+    for limit in (0, -1, True, 1.5, None):
+        with pytest.raises(ConfigError, match="the most events of one call, a whole number from 1"):
+            inbox.on_batch("A", limit=limit)  # type: ignore[arg-type]
