@@ -6,28 +6,26 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from relay.control import Control, is_control, to_control
 from relay.errors import PostgresError, PostgresUnavailable, RelayError, UnreadableMessage
 from relay.failpoints import Point, reached
+from relay.inbox.appliers import Appliers
 from relay.inbox.apply import Applier
 from relay.inbox.charges import Suspects
 from relay.inbox.database import Database
 from relay.inbox.figures import Figures
 from relay.inbox.handlers import Inbox
 from relay.inbox.healing import Healing
+from relay.inbox.intake import Intake, Taken
 from relay.inbox.pace import Pace
-from relay.inbox.sequencer import Arrival
 from relay.inbox.start import Start
 from relay.inbox.stats import Stats
-from relay.inbox.store import Stranger
-from relay.inbox.work import Batch, Rules
-from relay.message import Delivery, NotAnEvent, to_event
+from relay.inbox.work import Rules
 from relay.postgres.errors import postgres_errors
 from relay.rabbitmq.contract import Consumer
 from relay.rabbitmq.queues import InboxQueue
@@ -116,16 +114,23 @@ class _Daemon:
 
     async def _session(self) -> None:
         """PostgreSQL first: while it cannot be written to, no message is taken, so none wears out its delivery limit."""
-        async with self._database() as database:
-            applier = Applier(database, self._rules, self._suspects)
-            await database.connection()
+        async with AsyncExitStack() as stack:
+            databases = [
+                await stack.enter_async_context(self._database()) for _ in range(self._settings.inbox.appliers)
+            ]
+            applier = self._applier(databases)
             await applier.probe()
             while not self.stop.is_set():
-                await self._consume(database, applier)
-            await self._figures.tell(await database.connection())
+                await self._consume(databases, applier)
+            await self._figures.tell(await databases[0].connection())
         log.info("inbox_stopped", consumer=self._rules.consumer, applied=self.total.applied)
 
-    async def _consume(self, database: Database, applier: Applier) -> None:
+    def _applier(self, databases: Sequence[Database]) -> Applier | Appliers:
+        """One for each database; what is known against messages is known to all of them."""
+        appliers = [Applier(database, self._rules, self._suspects) for database in databases]
+        return appliers[0] if len(appliers) == 1 else Appliers(appliers, self._rules)
+
+    async def _consume(self, databases: Sequence[Database], applier: Applier | Appliers) -> None:
         """Until `stop`, or until what had to be received one at a time has been.
 
         A message that the client library cannot decode ends the connection, and so counts as a delivery of all that was
@@ -136,7 +141,7 @@ class _Daemon:
         try:
             async with self._consumer(prefetch) as consumer:
                 log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name, prefetch=prefetch)
-                loop = _Loop(self._settings, consumer, database, applier, self._figures, self.stop, self._count, limit)
+                loop = _Loop(self._settings, consumer, databases, applier, self._figures, self.stop, self._count, limit)
                 await loop.run()
         except UnreadableMessage:
             self._careful = self._settings.inbox.prefetch
@@ -177,14 +182,14 @@ class _Daemon:
 
 
 class _Loop:
-    """One session's loop. While a batch is applied, the consumer buffers the next, up to the prefetch."""
+    """One session's loop. While a batch is applied, the next is received and understood, and the consumer buffers more."""
 
     def __init__(
         self,
         settings: Settings,
         consumer: Consumer,
-        database: Database,
-        applier: Applier,
+        databases: Sequence[Database],
+        applier: Applier | Appliers,
         figures: Figures,
         stop: asyncio.Event,
         count: Callable[[Stats], None],
@@ -192,7 +197,8 @@ class _Loop:
     ) -> None:
         self._settings = settings
         self._consumer = consumer
-        self._database = database
+        self._databases = databases
+        self._database = databases[0]
         self._applier = applier
         self._figures = figures
         self._stop = stop
@@ -206,21 +212,26 @@ class _Loop:
 
     async def run(self) -> None:
         """Until `stop`, or `limit` messages. Raises BrokerError or PostgresError when the session has ended."""
-        with _waiting(self._stop.wait(), self._database.lost.wait()) as (stopping, lost):
-            receiving = asyncio.create_task(self._consumer.receive(self._pace.limit))
+        async with Intake(self._consumer, ahead=self._settings.inbox.batch).running() as intake:
+            await self._run(intake)
+
+    async def _run(self, intake: Intake) -> None:
+        with _waiting(self._stop.wait(), *(database.lost.wait() for database in self._databases)) as ending:
+            receiving = asyncio.create_task(intake.wait())
             operated = asyncio.create_task(self._database.operated.wait())
             try:
                 while not self._stop.is_set() and (self._left is None or self._left > 0):
                     await asyncio.wait(
-                        [receiving, stopping, lost, operated],
+                        [receiving, operated, *ending],
                         timeout=max(0.0, min(self._retry_at - self._clock(), self._figures.due_in_s)),
                         return_when=asyncio.FIRST_COMPLETED,
                     )
-                    if self._database.lost.is_set():
+                    if any(database.lost.is_set() for database in self._databases):
                         raise PostgresUnavailable("the connection to PostgreSQL broke")
                     if receiving.done() and not self._stop.is_set():
-                        await self._deliver(receiving.result())
-                        receiving = asyncio.create_task(self._consumer.receive(self._pace.limit))
+                        receiving.result()
+                        await self._deliver(intake.take(self._pace.limit))
+                        receiving = asyncio.create_task(intake.wait())
                     if operated.done():
                         self._database.operated.clear()
                         self._retry_at = self._sweep_at = 0.0
@@ -231,21 +242,21 @@ class _Loop:
                 operated.cancel()
                 await asyncio.gather(receiving, operated, return_exceptions=True)
 
-    async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+    async def _deliver(self, taken: Taken) -> None:
         """Apply, then acknowledge: a crash in between means a redelivery, which the cursors recognise."""
         reached(Point.RECEIVED)
         started = self._clock()
         try:
-            stats = await self._applier.apply(_understood(deliveries))
+            stats = await self._applier.apply(taken.batch)
         except PostgresError:
             self._count_done()
             raise
-        self._pace.took(len(deliveries), self._clock() - started)
-        self._count(stats + Stats(received=len(deliveries), batches=1))
-        await self._consumer.acknowledge(deliveries[-1].tag)
+        self._pace.took(taken.received, self._clock() - started)
+        self._count(stats + Stats(received=taken.received, batches=1))
+        await self._consumer.acknowledge(taken.tag)
         reached(Point.ACKNOWLEDGED)
         if self._left is not None:
-            self._left -= len(deliveries)
+            self._left -= taken.received
         if stats.failed or self._applier.left_due:
             self._retry_at = min(self._retry_at, self._clock() + await self._due_in_s())
 
@@ -278,26 +289,6 @@ class _Loop:
         """Seconds until the earliest held message is due, by the database's clock, or until the next look."""
         due_s = await self._applier.next_due_s()
         return LOOK_INTERVAL_S if due_s is None else min(max(due_s, 0.0), LOOK_INTERVAL_S)
-
-
-def _understood(deliveries: Sequence[Delivery]) -> Batch:
-    arrivals: list[Arrival] = []
-    strangers: list[Stranger] = []
-    controls: list[Control] = []
-    for delivery in deliveries:
-        try:
-            if is_control(delivery):
-                controls.append(to_control(delivery))
-                continue
-            event = to_event(delivery)
-        except NotAnEvent as exc:
-            log.warning("quarantined", reason=exc.reason, detail=exc.detail, routing_key=delivery.routing_key)
-            strangers.append(Stranger.of_delivery(delivery, exc.reason, exc.detail))
-        else:
-            arrivals.append(
-                Arrival(event=event, tag=delivery.tag, exchange=delivery.exchange, routing_key=delivery.routing_key)
-            )
-    return Batch(arrivals=arrivals, strangers=strangers, controls=controls)
 
 
 @contextmanager

@@ -13,7 +13,12 @@ NAMES = ("a", "b")
 _PAUSES_S = (0.0, 0.0, 0.002, 0.01, 0.05, 0.3)
 _ACTS = (3, 8)
 
-SETTINGS: tuple[Settings, ...] = (settings_for(), settings_for(batch=2, prefetch=4), settings_for(batch=1, prefetch=1))
+SETTINGS: tuple[Settings, ...] = (
+    settings_for(),
+    settings_for(batch=2, prefetch=4),
+    settings_for(batch=1, prefetch=1),
+    settings_for(appliers=3),
+)
 _KINDS = ("order",) * 4 + tuple(KINDS)
 
 
