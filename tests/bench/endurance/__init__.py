@@ -1,0 +1,1 @@
+"""Both relays, for minutes, while somebody forgets a transaction: see `__main__.py`."""

@@ -1,0 +1,1 @@
+"""relay beside what else one can install, or write oneself: see `__main__.py`."""
