@@ -58,7 +58,11 @@ class Publisher(Protocol):
         Never raises for the broker's or the network's sake: a message without an answer is `Unknown`, and then
         `lost` is set and every later call returns only `Unknown`. The ids of all that is being published must be
         distinct: within one call, and between calls at the same time.
-        Ends within the confirm time-out, whatever the broker does. Safe to cancel: cancelling destroys the session.
+
+        May be called again before the last call has ended: calls are written in the order in which they were begun, each
+        whole before the next, and what is in flight over all of them is bounded, in messages and in bytes.
+        Ends within the confirm time-out of its own last write, whatever the broker does. Safe to cancel: cancelling any
+        call destroys the session.
         """
         ...
 

@@ -6,25 +6,32 @@ does what the test says (tests/harness/stub_broker.py).
 
 A   a delivery tag too many: each answer is taken for the next message's, a nack confirms
         tests/faults/test_library_traps_publisher.py::TestA
+        tests/faults/test_library_traps_fast_publisher.py::TestA
         tests/integration/test_publisher_contract.py::test_what_cannot_be_sent_is_refused_by_itself_and_its_neighbours_are_confirmed
         tests/integration/test_publisher_contract.py::test_cancelling_destroys_the_session_and_nothing_hangs
 B   a returned message is told by its id: with two of one id in flight the wrong one is confirmed
         tests/faults/test_library_traps_publisher.py::TestB
+        tests/faults/test_library_traps_fast_publisher.py::TestB
         tests/integration/test_publisher_contract.py::test_a_message_id_twice_in_one_batch_is_a_mistake_of_the_caller
         tests/integration/test_publisher_contract.py::test_exactly_the_unroutable_messages_are_returned
 C   a time-out that a stalled writer or a lock keeps from being kept
         tests/faults/test_library_traps_publisher.py::TestC
+        tests/faults/test_library_traps_fast_publisher.py::TestC
         tests/integration/test_publisher_contract.py::test_a_broker_that_does_not_answer_is_given_up_after_the_confirm_timeout
 D   a connection that died of its heartbeat arrives as a cancellation that nobody asked for
         tests/faults/test_library_traps_publisher.py::TestD
+        tests/faults/test_library_traps_fast_publisher.py::TestD
         tests/faults/test_library_traps_consumer.py::TestD
 E   heartbeats: negotiated as set, and a dead connection noticed and closed within the bound
         tests/faults/test_library_traps_publisher.py::TestE
+        tests/faults/test_library_traps_fast_publisher.py::TestE
 F   an alarm: connection.blocked is hardly told, and a goodbye waits for the socket
         tests/faults/test_library_traps_publisher.py::TestF
+        tests/faults/test_library_traps_fast_publisher.py::TestF
         tests/faults/test_library_traps_consumer.py::TestL::test_closing_is_bounded_at_a_broker_that_answers_nothing_any_more
 G   the queues inside the library: what is in flight is ours to bound, and a stuck channel stalls its connection
         tests/faults/test_library_traps_publisher.py::TestG
+        tests/faults/test_library_traps_fast_publisher.py::TestG
         tests/faults/test_library_traps_consumer.py::TestG
 H   hostile input ends the connection, or fails in a task where nobody sees it
         tests/faults/test_library_traps_consumer.py::TestH
@@ -35,6 +42,7 @@ I   what is encoded is not what was given: floats, long names, large numbers
         tests/integration/test_bad_input_messages.py::test_numbers_of_every_width_that_a_stock_publisher_sends_are_read_rightly
 J   one answer for many messages, and answers to messages that never were
         tests/faults/test_library_traps_publisher.py::TestJ
+        tests/faults/test_library_traps_fast_publisher.py::TestJ
 K   the robust layer: connections that come back without what they had
         tests/faults/test_library_traps.py::test_relay_never_uses_the_robust_layer
         tests/faults/test_library_traps_consumer.py::TestK
