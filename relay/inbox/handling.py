@@ -5,7 +5,7 @@ from __future__ import annotations
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import SUSPECTED, HandlerFailed
-from relay.inbox.handlers import Grouped, Handler, Inbox
+from relay.inbox.handlers import Inbox
 from relay.inbox.plan import Ready, calls
 from relay.inbox.sequencer import Arrival, Key
 from relay.inbox.stats import Tally
@@ -26,6 +26,7 @@ class Handling:
         self._tally = tally
         self._careful = careful
         self._postpones = inbox.takes_batches and not careful
+        self._any_charges = bool(charges)
         self._postponed: list[Ready] = []
         self.errors: dict[tuple[str, int], str] = {}  # by the name of the arrival that failed
         self.cleared: list[Arrival] = []  # suspects whose handler has succeeded
@@ -38,11 +39,12 @@ class Handling:
         """
         if not self._postpones:
             return False
-        handler = self._handler(arrival)
+        event = arrival.event
+        handler = None if event.is_tombstone else self._inbox.handler(event)
         if handler is None:
             self._tally.add("skipped")
             return True
-        if self._charges:
+        if self._any_charges:
             self._refuse_known(arrival)
             self._refuse_unforeseen(arrival)
         self._postponed.append((handler, key, arrival))
@@ -59,7 +61,7 @@ class Handling:
 
     async def succeeds(self, arrival: Arrival) -> bool:
         """Handle one event. False: its handler failed, and its effects are rolled back."""
-        handler = self._handler(arrival)
+        handler = None if arrival.event.is_tombstone else self._inbox.handler(arrival.event)
         if handler is None:
             self._tally.add("skipped")
             return True
@@ -78,9 +80,6 @@ class Handling:
         if arrival.message in self._charges.suspects:
             self.cleared.append(arrival)
         return True
-
-    def _handler(self, arrival: Arrival) -> Handler | Grouped | None:
-        return None if arrival.event.is_tombstone else self._inbox.handler(arrival.event)
 
     def _refuse_known(self, arrival: Arrival) -> None:
         if (verdict := self._charges.verdict(arrival)) is not None:

@@ -48,13 +48,10 @@ class Rules:
         """The ordering policy of an aggregate type."""
         return self.settings.policies.get(aggregate_type or "", self.settings.policy)
 
-    def is_ordered(self, event: Event) -> bool:
-        """False: the event is only deduplicated, by its message id."""
-        return is_ordered(event, self.policy(event.aggregate_type))
-
     def key(self, event: Event) -> Key | None:
-        """The cursor that an event needs; None for one without order."""
-        return key_of(event) if self.is_ordered(event) else None
+        """The cursor that an event needs; None for one without order, which is only deduplicated by its message id."""
+        key = key_of(event)
+        return key if key is not None and is_ordered(event, self.policy(key[1])) else None
 
     def unit(self, arrival: Arrival) -> Unit:
         """What fails together with an arrival."""
@@ -76,6 +73,10 @@ class Rules:
         if attempts >= self.settings.max_attempts:
             return None
         return float(min(self.settings.retry_max_s, self.settings.retry_first_s * 2.0 ** min(attempts - 1, 60)))
+
+
+Placed = tuple[Key | None, Arrival]
+"""An arrival with the aggregate whose order it is in; None: without order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,12 +150,13 @@ class Work:
     async def run(self, batch: Batch) -> Stats:
         """Do it all but the COMMIT; the counts are true once that succeeded."""
         self._strangers += batch.strangers
-        await self._lock(batch)
+        placed = self._placed(batch.arrivals)
+        await self._lock(placed, batch.due)
         transaction = self._store.locked_in or await self._store.transaction_id()
         reached(Point.CURSORS_LOCKED)
-        given_up = [a for a in await self._store.held(self._given_up) if key_of(a.event) in self._lines]
-        due = await self._store.lock_due(batch.due)
-        await self._take([*given_up, *batch.arrivals, *due])
+        given_up = [(k, a) for k, a in self._placed(await self._store.held(self._given_up)) if k in self._lines]
+        due = self._placed(await self._store.lock_due(batch.due))
+        await self._take([*given_up, *placed, *due])
         await self._follow()
         await self._write()
         await self._heed(batch.controls)
@@ -187,29 +189,31 @@ class Work:
                 "gap_stuck", consumer=self._rules.consumer, source=key[0], aggregate="/".join(key[1:]), reason=detail
             )
 
-    async def _lock(self, batch: Batch) -> None:
-        ordered = {key for a in batch.arrivals if self._rules.is_ordered(a.event) and (key := key_of(a.event))}
-        ordered |= {key for due in batch.due if (key := self._rules.key_of_due(due))}
+    def _placed(self, arrivals: Sequence[Arrival]) -> list[Placed]:
+        key = self._rules.key
+        return [(key(arrival.event), arrival) for arrival in arrivals]
+
+    async def _lock(self, placed: Sequence[Placed], due: Sequence[Due]) -> None:
+        ordered = {key for key, _ in placed if key is not None}
+        ordered |= {key for d in due if (key := self._rules.key_of_due(d))}
         for key, cursor in (await self._store.lock_cursors(ordered)).items():
             self._lines[key] = Line(cursor, self._rules.policy(key[1]))
-        self._fresh = await self._store.insert_seen(
-            a.event for a in batch.arrivals if not self._rules.is_ordered(a.event)
-        )
+        self._fresh = await self._store.insert_seen([arrival.event for key, arrival in placed if key is None])
 
-    async def _take(self, arrivals: Sequence[Arrival]) -> None:
+    async def _take(self, placed: Sequence[Placed]) -> None:
         """Take arrivals in this order, and apply what can be applied. Awaits nothing for an event that is postponed."""
-        for key, arrival in self._applicable(arrivals):
-            succeeds = self._postpones(key, arrival) or await self._succeeds(arrival)
+        postpone = self._handling.postpone
+        for key, arrival in self._applicable(placed):
+            succeeds = postpone(key, arrival) or await self._succeeds(arrival)
             if key is None:
                 self._settle_loose(arrival, succeeds)
             else:
                 self._settle(key, arrival, succeeds)
         await self._handling.call_postponed()
 
-    def _applicable(self, arrivals: Sequence[Arrival]) -> Iterator[tuple[Key | None, Arrival]]:
+    def _applicable(self, placed: Sequence[Placed]) -> Iterator[Placed]:
         """What can be applied now that these come, each to be settled before the next is asked for."""
-        for arrival in arrivals:
-            key = self._rules.key(arrival.event)
+        for key, arrival in placed:
             if key is None:
                 if self._is_fresh(arrival):
                     yield None, arrival
@@ -230,9 +234,6 @@ class Work:
         self._fresh.remove(arrival.message)
         return True
 
-    def _postpones(self, key: Key | None, arrival: Arrival) -> bool:
-        return self._stored is None and self._handling.postpone(key, arrival)
-
     async def _succeeds(self, arrival: Arrival) -> bool:
         """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
         if self._stored is None or arrival.event.is_tombstone:
@@ -247,7 +248,7 @@ class Work:
             line.failed(arrival)
             return
         line.applied(arrival)
-        if arrival.held_id is None and not arrival.event.is_tombstone:
+        if line.before.has_held and arrival.held_id is None and not arrival.event.is_tombstone:
             self._taken.setdefault(key, {})[line.cursor.last_seq] = arrival.event.digest
 
     def _settle_loose(self, arrival: Arrival, succeeds: bool) -> None:
@@ -271,7 +272,7 @@ class Work:
             if not found:
                 return
             self._follow_left -= len(found)
-            await self._take(found)
+            await self._take(self._placed(found))
             reached(Point.FOLLOWED)
 
     async def _leave_to_timer(self, following: Mapping[Key, Cursor]) -> None:
