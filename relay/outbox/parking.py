@@ -47,11 +47,16 @@ class Settlement:
     parked: Sequence[Parked]
 
 
-def unsendable(rows: Sequence[Row], blocked: AbstractSet[Aggregate], pauses: Pauses) -> frozenset[int]:
-    """Positions of the rows that must not be sent: those that a pause holds, and those behind one or in a blocked aggregate."""
-    if not blocked and not pauses.any_rows:
+def unsendable(
+    rows: Sequence[Row], blocked: AbstractSet[Aggregate], pauses: Pauses, before: AbstractSet[Aggregate] = frozenset()
+) -> frozenset[int]:
+    """Positions of the rows that must not be sent: those that a pause holds, and those behind one or in a blocked aggregate.
+
+    `before`: aggregates of which something is held back that is read, and not settled.
+    """
+    if not blocked and not before and not pauses.any_rows:
         return frozenset()
-    held: set[Aggregate] = set()  # beside `blocked`, which may be a million: not copied
+    held = {*before}  # beside `blocked`, which may be a million: not copied
     found = set()
     for position, row in enumerate(rows):
         if row.aggregate in held or row.aggregate in blocked or pauses.hold(row):
@@ -65,6 +70,8 @@ def settle(
     rows: Sequence[Row], outcomes: Sequence[Outcome | None], blocked: AbstractSet[Aggregate], pauses: Pauses
 ) -> Settlement:
     """Divide a page. An outcome None: the row was not sent, because it is paused, or its aggregate is blocked or failed before it."""
+    if not blocked and {*map(type, outcomes)} == {Confirmed}:
+        return Settlement(len(rows), rows, ())
     confirmed: list[Row] = []
     parked: list[Parked] = []
     held: set[Aggregate] = set()  # beside `blocked`

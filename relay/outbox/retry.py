@@ -109,12 +109,21 @@ class Retry:
         """New rows are being published: for a while this takes no more than a bounded share of the time."""
         self._traffic_until = self._clock() + _TRAFFIC_S
 
+    @property
+    def wants_a_step(self) -> bool:
+        """True when `step` would do something now. It must not be called while pages are in flight."""
+        return self._is_due or (
+            self._alone.is_over
+            or self._alone.wants_a_row
+            or (self._alone.is_idle and self._alone_at is not None and self._clock() >= self._alone_at)
+        )
+
     async def step(self) -> None:
         """Go on with what is tried alone, and try a portion of what is due. After it the publisher may be lost."""
         await self._step_alone()
         started = self._clock()
         traffic = started < self._traffic_until
-        if self._due_at is None or started < self._due_at or (traffic and started < self._not_before):
+        if not self._is_due:
             return
         found = await self._store.due(_AGGREGATES_BESIDE_TRAFFIC if traffic else _AGGREGATES, self._by_id)
         held = await self._hold_paused(found)
@@ -145,6 +154,14 @@ class Retry:
     async def close(self) -> None:
         """End what is being tried alone: it is tried again by the next session."""
         await self._alone.close()
+
+    @property
+    def _is_due(self) -> bool:
+        """True when a portion of the parked rows is to be tried, and live traffic has had its share."""
+        now = self._clock()
+        if self._due_at is None or now < self._due_at:
+            return False
+        return now >= min(self._not_before, self._traffic_until)
 
     async def _plan(self) -> None:
         waits = await self._store.next_attempts_s(self._by_id) if self._blocked.rows else (None, None)

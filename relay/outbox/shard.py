@@ -1,4 +1,8 @@
-"""The pipeline of one shard: read -> route -> publish -> settle -> checkpoint, until told to stop or the session breaks."""
+"""The loop of one shard: read -> publish -> settle -> checkpoint, until told to stop or the session breaks.
+
+One task does all of it but publishing, so the database is asked one thing at a time, and nothing changes in the middle of a step.
+Several pages are in flight meanwhile, see `relay.outbox.pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,19 @@ import structlog
 
 from relay.errors import BrokerUnavailable
 from relay.failpoints import Point, reached
-from relay.message import Aggregate, Message, Row
+from relay.message import Message, Row
 from relay.outbox.blocked import Blocked
 from relay.outbox.cursor import Page
 from relay.outbox.lease import Ownership
-from relay.outbox.parking import Parked, settle, unsendable, waves
+from relay.outbox.parking import Parked, Settlement
+from relay.outbox.pipeline import Pipeline
 from relay.outbox.progress import Progress
 from relay.outbox.reader import Reader
 from relay.outbox.retry import Retry
 from relay.outbox.routing import route
 from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
-from relay.rabbitmq.contract import Confirmed, Outcome, Publisher, Refused, Unknown
+from relay.rabbitmq.contract import Publisher
 from relay.settings import OutboxSettings
 from relay.supervisor import wait_for
 
@@ -32,8 +37,9 @@ _LINGER_S = 0.05
 _BACKOFF_FIRST_S = 0.001
 _BACKOFF_LAST_S = 0.01
 """Delays between two looks while awake and idle: a look costs about 0.4 ms of PostgreSQL."""
-_HOPELESS = 3
-_FEW_ROWS = 10
+_GATHER_S = 0.005
+"""The log is read to its end, and something is in flight: so long the next page may gather before it is read, unless the answer comes
+first. Each look costs 0.4 ms of PostgreSQL, which the producers need."""
 
 
 class Shard:
@@ -62,7 +68,6 @@ class Shard:
         self._stop = stop
         self._log = log.bind(shard=ownership.shard, epoch=ownership.epoch)
         self._progress = progress
-        self._position = ownership.position  # everything before it is confirmed or parked
         self._dirty = False  # rows were dealt with that the persisted cursor does not know of
         self._high_id = ownership.high_id
         self._clock = asyncio.get_running_loop().time
@@ -71,7 +76,16 @@ class Shard:
         self._nap_s = _BACKOFF_FIRST_S
         self._unsaved = 0  # rows confirmed since the last checkpoint
         self._held_up: str | None = None  # why nothing is read
+        self._at_the_end = False  # of the log, as it was when it was last read
         self._blocked = Blocked(store=store, shard=ownership.shard)
+        self._pipeline = Pipeline(
+            position=ownership.position,
+            publisher=publisher,
+            blocked=self._blocked,
+            message=self._message,
+            settings=settings,
+            progress=progress,
+        )
         self._retry = Retry(
             store=store,
             blocked=self._blocked,
@@ -91,51 +105,47 @@ class Shard:
         """
         self._progress.rate.at(self._clock(), self._progress.confirmed)
         await self._retry.look()
-        following: asyncio.Task[Page] | None = None
         try:
             while not self._stop.is_set():
                 self._wakeup.require_connection()
-                if self._publisher.lost is not None:
-                    self._end_session(0)
-                await self._look()
-                if not self._blocked.shard_is_paused:
-                    await self._retry.step()
+                await self._settle_answered()
+                if self._pipeline.is_empty or self._has_to_act():
+                    await self._act()
                 if self._is_held_up():
+                    await self._settle_all()
                     if not drain:
                         await self._pause()
                     elif await self._is_drained():
                         break
                     continue
-                page = await (following or self._read())
-                following = None
-                if page.empty:
-                    closing = self._position.window is not None
-                    self._position = self._position.after(page)
-                    if closing:  # the end of a backlog says nothing about what was committed since it was opened
-                        self._dirty = True
-                        continue
-                    if not drain:
-                        await self._rest()
-                    elif await self._is_drained():
-                        break
-                    continue
-                await self._get_up()
-                following = self._read_ahead(page)
-                await self._handle(page, following)
-                self._retry.saw_traffic()  # now, not before: a page can take longer than what counts as a while
+                await self._make_room()
+                page = await self._read()
+                if page.rows:
+                    await self._begin(page)
+                elif await self._nothing_new(page) and await self._has_rested(drain=drain):
+                    break
+            await self._settle_all()
             reached(Point.STOPPING)
             await self._save()
             await self._retry.settle_alone()
             reached(Point.STOPPED)
         finally:
             await self._retry.close()
-            if following is not None:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            await self._pipeline.close()
         return self._blocked.rows
 
-    async def _look(self) -> None:
-        """See what operators have done: at once when they say so, and now and then in any case."""
+    # --- what may change what is sent, or sends by itself: with nothing in flight
+
+    def _has_to_act(self) -> bool:
+        return (
+            self._wakeup.acted
+            or self._clock() >= self._blocked.look_at
+            or (not self._blocked.shard_is_paused and self._retry.wants_a_step)
+        )
+
+    async def _act(self) -> None:
+        """See what operators have done, at once when they say so, and now and then in any case; and try what is parked."""
+        await self._settle_all()
         self._wakeup.urgent.clear()
         if self._wakeup.acted:
             self._wakeup.acted = False
@@ -144,109 +154,103 @@ class Shard:
             await self._retry.look()
             self._progress.looks += 1
             self._progress.changed.set()
+        if not self._blocked.shard_is_paused:
+            await self._retry.step()
+        if self._publisher.lost is not None:
+            await self._end_session()
 
     # --- read -> publish -> settle -> checkpoint
 
+    async def _make_room(self) -> None:
+        """Wait until another page may be begun; at the end of the log also until it is likely to be worth reading."""
+        if self._at_the_end and not self._pipeline.is_empty:
+            await self._pipeline.wait(_GATHER_S)
+            await self._settle_answered()
+        while self._pipeline.is_full:
+            await self._pipeline.wait()
+            await self._settle_answered()
+
     async def _read(self) -> Page:
-        return await self._reader.read(self._position, page_rows=1 if self._progress.careful else None)
+        page = await self._reader.read(self._pipeline.read_to, page_rows=1 if self._progress.careful else None)
+        self._at_the_end = page.complete
+        return page
 
-    def _read_ahead(self, page: Page) -> asyncio.Task[Page] | None:
-        """The next page is read while this one is published; at the end of a window, and while careful, it is not."""
-        if page.complete or self._progress.careful:
-            return None
-        return asyncio.create_task(self._reader.read(self._position.after(page)))
-
-    async def _handle(self, page: Page, following: asyncio.Task[Page] | None) -> None:
+    async def _begin(self, page: Page) -> None:
         reached(Point.PAGE_READ)
-        outcomes = await self._publish(page.rows)
-        if following is not None:
-            await asyncio.wait([following])  # it uses the connection that the checkpoint needs
+        await self._get_up()
+        await self._settle_answered()  # what is known to be blocked by now is not sent
+        self._pipeline.begin(page)
+
+    async def _nothing_new(self, page: Page) -> bool:
+        """Nothing was found. True if nothing is in flight, and nothing was committed since the last look."""
+        closing = self._pipeline.read_to.window is not None
+        self._pipeline.skip(page)
+        if not self._pipeline.is_empty:
+            return False
+        self._dirty = self._dirty or closing
+        return not closing  # the end of a backlog says nothing about what was committed since it was opened
+
+    async def _settle_all(self) -> None:
+        """Wait for everything in flight."""
+        while not self._pipeline.is_empty:
+            await self._pipeline.wait()
+            await self._settle_answered()
+
+    async def _settle_answered(self) -> None:
+        """Settle, in their order, the pages that are answered. Raises BrokerUnavailable when the publisher is lost."""
+        while self._pipeline.is_settleable and self._publisher.lost is None:
+            await self._settle()
+        if self._publisher.lost is not None or self._pipeline.is_answered:
+            await self._end_session()
+
+    async def _settle(self) -> None:
+        """Deal with the oldest page: what is confirmed is counted, what is not is parked, and the cursor moves behind both."""
         reached(Point.CONFIRMED)
-        final = self._give_up_unconfirmed(page.rows, outcomes)
-        settlement = settle(page.rows, final, self._blocked.aggregates, self._blocked.pauses)
-        whole = settlement.settled == len(page.rows)
-        if whole:
-            self._position = self._position.after(page)
-        elif settlement.settled:
-            self._position = self._position.within(page, page.rows[settlement.settled - 1].id)
-        if settlement.confirmed:
-            self._high_id = max(self._high_id, max(row.id for row in settlement.confirmed))
-        self._unsaved += len(settlement.confirmed)
-        self._progress.confirmed += len(settlement.confirmed)
+        settlement = self._pipeline.settle()
+        confirmed = settlement.confirmed
+        if confirmed:
+            self._high_id = max(self._high_id, confirmed[-1].id)  # a page is in the order of ids
+        self._unsaved += len(confirmed)
+        self._progress.confirmed += len(confirmed)
         self._dirty = self._dirty or settlement.settled > 0
-        await self._checkpoint(settlement.parked, force=not whole)
-        self._count(settlement.settled, len(settlement.confirmed), settlement.parked)
-        self._progress.recent.note(settlement.confirmed)
-        if not whole or self._publisher.lost is not None:
-            self._end_session(len(page.rows) - settlement.settled)
+        await self._checkpoint(settlement.parked)
+        self._count(settlement)
+        self._progress.recent.note(confirmed)
+        self._retry.saw_traffic()  # now, not before: a page can take longer than what counts as a while
 
-    async def _publish(self, rows: Sequence[Row]) -> list[Outcome | None]:
-        """The outcome of every row, None for one that was not sent because it or its aggregate is held up."""
-        outcomes: list[Outcome | None] = [None] * len(rows)
-        unsent = unsendable(rows, self._blocked.aggregates, self._blocked.pauses)
-        failed: set[Aggregate | None] = set()  # in this page
-        for wave in waves(rows) if self._settings.order == "strict" else [range(len(rows))]:
-            chosen = [i for i in wave if i not in unsent and rows[i].aggregate not in failed]
-            for i, outcome in zip(chosen, await self._send([rows[i] for i in chosen]), strict=True):
-                outcomes[i] = outcome
-                if rows[i].aggregate is not None and not isinstance(outcome, Confirmed):
-                    failed.add(rows[i].aggregate)
-            if any(isinstance(outcome, Unknown) for outcome in outcomes):
-                return [Unknown("not sent") if o is None and i not in unsent else o for i, o in enumerate(outcomes)]
-        return outcomes
-
-    def _give_up_unconfirmed(self, rows: Sequence[Row], outcomes: Sequence[Outcome | None]) -> Sequence[Outcome | None]:
-        """Park a row that is not confirmed in time, again and again: its queue hangs, not the broker.
-
-        That others were confirmed beside it is the evidence. A few rows alone in the rest of a window cannot have that, and
-        would hold up everything behind the window; a whole page that is late without it means that the broker is not well.
-        """
-        late = [row.id for row, o in zip(rows, outcomes, strict=True) if isinstance(o, Unknown) and o.timed_out]
-        witnessed = any(isinstance(o, Confirmed) for o in outcomes)
-        before = self._progress.unconfirmed
-        weight = 2 if witnessed else 1
-        scores = {i: before.get(i, 0) + weight for i in late if witnessed or i in before or len(late) <= _FEW_ROWS}
-        if late:
-            self._progress.unconfirmed = scores
-        hopeless = Refused("unconfirmed", "its queue did not confirm in time, several times")
-        return [hopeless if scores.get(row.id, 0) >= _HOPELESS else o for row, o in zip(rows, outcomes, strict=True)]
-
-    async def _send(self, rows: Sequence[Row]) -> list[Outcome]:
-        if not rows:
-            return []
-        reached(Point.PUBLISHING)
-        return await self._publisher.publish([self._message(row) for row in rows])
-
-    def _message(self, row: Row) -> Message:
-        return route(row, source=self._source, template=self._settings.routing_key)
-
-    async def _checkpoint(self, parked: Sequence[Parked], *, force: bool) -> None:
+    async def _checkpoint(self, parked: Sequence[Parked]) -> None:
         """Write the cursor: at once with what must be parked, otherwise now and then (a crash repeats what came since)."""
-        due = self._clock() - self._checkpointed_at >= self._settings.checkpoint_interval_s
-        if parked or force or due:
+        if parked or self._clock() - self._checkpointed_at >= self._settings.checkpoint_interval_s:
             await self._save(parked)
 
     async def _save(self, parked: Sequence[Parked] = ()) -> None:
         if not self._dirty:
             return
         rate = self._progress.rate.at(self._clock(), self._progress.confirmed)
-        await self._store.checkpoint(self._position, self._high_id, parked, confirmed=self._unsaved, rate=rate)
+        await self._store.checkpoint(self._pipeline.position, self._high_id, parked, confirmed=self._unsaved, rate=rate)
         self._dirty, self._unsaved = False, 0
         self._checkpointed_at = self._clock()
         self._progress.checkpoints += 1
         self._retry.note(parked)
 
-    def _count(self, settled: int, confirmed: int, parked: Sequence[Parked]) -> None:
+    def _count(self, settlement: Settlement) -> None:
         self._progress.pages += 1
-        self._progress.published += confirmed
-        self._progress.parked += len(parked)
-        self._progress.careful = max(0, self._progress.careful - settled)
+        self._progress.published += len(settlement.confirmed)
+        self._progress.parked += len(settlement.parked)
+        self._progress.careful = max(0, self._progress.careful - settlement.settled)
         self._progress.changed.set()
 
-    def _end_session(self, unsettled: int) -> None:
-        """The publisher is gone. If a message may be to blame, the next session looks for it, one at a time."""
-        lost = self._publisher.lost
-        if self._publisher.message_is_suspect and unsettled > 1:
+    async def _end_session(self) -> None:
+        """The publisher is gone: write down what is known, up to the first row whose fate is not, and raise BrokerUnavailable.
+
+        If a message may be to blame, the next session looks for it among the rest, one at a time.
+        """
+        await self._pipeline.conclude()
+        while self._pipeline.is_settleable:
+            await self._settle()
+        await self._save()
+        lost, unsettled = self._publisher.lost, self._pipeline.rows
+        if self._publisher.message_is_suspect and unsettled:
             self._progress.careful = unsettled
             self._log.warning("careful", reason="a message may have closed the channel", rows=unsettled)
         raise BrokerUnavailable(f"the session with RabbitMQ ended: {lost}") from lost
@@ -273,7 +277,17 @@ class Shard:
         await self._save()
         await self._nap(self._settings.poll_interval_s)
 
+    def _message(self, row: Row) -> Message:
+        return route(row, source=self._source, template=self._settings.routing_key)
+
     # --- nothing to do
+
+    async def _has_rested(self, *, drain: bool) -> bool:
+        """True when a drain is done; otherwise after a rest."""
+        if drain:
+            return await self._is_drained()
+        await self._rest()
+        return False
 
     async def _is_drained(self) -> bool:
         """True when no parked row is due either; otherwise a short time later."""

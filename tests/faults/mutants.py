@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import aio_pika
@@ -18,6 +18,7 @@ import pytest
 from relay.daemon import Outbox
 from relay.errors import PostgresError
 from relay.inbox import consumer as inbox_consumer
+from relay.inbox.intake import Taken
 from relay.inbox.sequencer import Arrival, Line, Refusal
 from relay.message import CONTENT_DIGEST, Event, content_digest
 from relay.outbox.cursor import Page, Position, Snapshot
@@ -248,14 +249,14 @@ async def a_row_that_comes_into_an_old_slot(scene: Scene, _: RabbitMQ) -> None:
 
 
 def checkpoint_before_confirm(patching: pytest.MonkeyPatch) -> None:
-    handle = Shard._handle
+    begin = Shard._begin
 
-    async def first_the_cursor(self: Shard, page: Page, following: Any) -> None:
-        self._position, self._dirty = self._position.after(page), True
+    async def first_the_cursor(self: Shard, page: Page) -> None:
+        self._pipeline.position, self._dirty = self._pipeline.read_to.after(page), True
         await self._save()
-        await handle(self, page, following)
+        await begin(self, page)
 
-    patching.setattr(Shard, "_handle", first_the_cursor)
+    patching.setattr(Shard, "_begin", first_the_cursor)
 
 
 def take_it_for_confirmed(*kinds: type[Outcome]) -> Patch:
@@ -295,12 +296,12 @@ def id_above_cursor(patching: pytest.MonkeyPatch) -> None:
 def ack_before_commit(patching: pytest.MonkeyPatch) -> None:
     deliver = inbox_consumer._Loop._deliver
 
-    async def eager(self: Any, deliveries: Sequence[Any]) -> None:
-        await self._consumer.acknowledge(deliveries[-1].tag)
+    async def eager(self: Any, taken: Taken) -> None:
+        await self._consumer.acknowledge(taken.tag)
         await self._consumer._channel.basic_qos(prefetch_count=200)  # a round trip: the ack has arrived
         acknowledge, self._consumer.acknowledge = self._consumer.acknowledge, _nothing
         try:
-            await deliver(self, deliveries)
+            await deliver(self, taken)
         finally:
             self._consumer.acknowledge = acknowledge
 
@@ -313,7 +314,7 @@ def no_deduplication(patching: pytest.MonkeyPatch) -> None:
     def trusting(self: Line, arrival: Arrival) -> Refusal | None:
         seq = arrival.event.seq or 0
         if seq <= self.cursor.last_seq:
-            self.cursor = replace(self.cursor, last_seq=seq - 1, last_digest=None)
+            self.cursor = self.cursor._replace(last_seq=seq - 1, last_digest=None)
         return offer(self, arrival)
 
     patching.setattr(Line, "offer", trusting)
@@ -324,7 +325,7 @@ def no_reordering(patching: pytest.MonkeyPatch) -> None:
 
     def hasty(self: Line, arrival: Arrival) -> Refusal | None:
         if (seq := arrival.event.seq or 0) != self.cursor.last_seq + 1:
-            self.cursor = replace(self.cursor, last_seq=seq - 1, last_digest=None)
+            self.cursor = self.cursor._replace(last_seq=seq - 1, last_digest=None)
         return offer(self, arrival)
 
     patching.setattr(Line, "offer", hasty)

@@ -204,11 +204,11 @@ TABLE: Mapping[Place, Trial] = {
     Point.REBASING: Trial("outbox.lease._rebase", takes_over_a_restored_log),
     Point.REBASED: Trial("outbox.lease._take", takes_over_a_restored_log),
     Point.OWNED: Trial("outbox.lease._take", takes_over),
-    Point.PAGE_READ: Trial("outbox.shard.Shard._handle", publishes, EACH),
+    Point.PAGE_READ: Trial("outbox.shard.Shard._begin", publishes, EACH),
     Point.PUBLISHING: Trial(
-        "outbox.shard.Shard._send", publishes, (1, 4, 7)
+        "outbox.pipeline.Pipeline._send", publishes, (1, 4, 7)
     ),  # what is behind a parked row is not sent
-    Point.CONFIRMED: Trial("outbox.shard.Shard._handle", publishes, EACH),
+    Point.CONFIRMED: Trial("outbox.shard.Shard._settle", publishes, EACH),
     Point.CURSOR_MOVED: Trial("outbox.store.Store.checkpoint", publishes, EACH),
     Point.ROWS_PARKED: Trial("outbox.store.Store.checkpoint", publishes, THREE),
     Point.CHECKPOINTED: Trial("outbox.store.Store.checkpoint", publishes, EACH),
@@ -338,7 +338,7 @@ async def written(ground: Ground, which: int) -> Verdict:
         port = await proxy.start()
         through = address._replace(netloc=f"{address.netloc.rpartition(':')[0]}:{port}").geturl()
         try:
-            doomed = await case.start(*RUN, how="stop", broker=through)
+            doomed = await case.start(*RUN, how="stop", broker=through, outbox__order="strict")  # one page in flight
             assert await doomed.until(f"PUBLISHING {case.nth}")
             await doomed.paused()
             async with proxy.dropping_acks() as dropped:

@@ -233,7 +233,7 @@ def test_a_header_of_ours_that_is_missing_is_malformed(missing: str) -> None:
 def test_a_property_that_is_none_is_malformed(field: str, value: str | None) -> None:
     changes: dict[str, Any] = {field: value}
     with pytest.raises(NotAnEvent, match="malformed"):
-        to_event(delivered(row(), **changes))
+        to_event(delivered(row())._replace(**changes))
 
 
 def test_a_message_whose_properties_cannot_be_read_is_malformed_and_says_why() -> None:

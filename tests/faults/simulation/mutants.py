@@ -5,19 +5,22 @@ Mistakes in Python are patched into the product; mistakes in a statement into th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 from unittest.mock import patch
 
+import relay.outbox.pipeline
 import relay.outbox.retry
-import relay.outbox.shard
-from relay.inbox.consumer import _Loop, _understood
+from relay.inbox.consumer import _Loop
+from relay.inbox.intake import Taken
 from relay.inbox.sequencer import Arrival, Line, Refusal
 from relay.inbox.store import Store as InboxStore
 from relay.inbox.work import Work
 from relay.outbox.cursor import Page, Position
 from relay.outbox.parking import Settlement, settle
+from relay.outbox.pipeline import Pipeline
 from relay.outbox.reader import Reader, to_row
 from relay.outbox.retry import Retry
 from relay.outbox.shard import Shard
@@ -36,24 +39,56 @@ Mutant = Callable[[], Any]
 
 def checkpoint_before_confirm() -> Any:
     """The cursor is written first, and then the page is published."""
-    handle = Shard._handle
+    begin = Shard._begin
 
-    async def mutated(self: Shard, page: Page, following: Any) -> None:
-        before = self._position
-        if following is None:
-            self._position, self._dirty = before.after(page), True
+    async def mutated(self: Shard, page: Page) -> None:
+        before = self._pipeline.position
+        if self._pipeline.is_empty:
+            self._pipeline.position, self._dirty = before.after(page), True
             await self._save()
-            self._position = before
-        await handle(self, page, following)
+            self._pipeline.position = before
+        await begin(self, page)
 
-    return patch.object(Shard, "_handle", mutated)
+    return patch.object(Shard, "_begin", mutated)
+
+
+def read_is_settled() -> Any:
+    """The cursor moves behind what is read, not behind what is settled."""
+    begin = Pipeline.begin
+
+    def mutated(self: Pipeline, page: Page) -> None:
+        begin(self, page)
+        self.position = self.read_to
+
+    return patch.object(Pipeline, "begin", mutated)
+
+
+def settled_as_answered() -> Any:
+    """Pages are settled in the order in which they are answered, and the cursor moves behind each."""
+
+    def mutated(self: Pipeline) -> bool:
+        self._sent = deque(sorted(self._sent, key=lambda sent: not sent.answers.done()))
+        return bool(self._sent) and self._sent[0].answers.done()
+
+    return patch.object(Pipeline, "is_answered", property(mutated))
+
+
+def acts_in_the_middle() -> Any:
+    """What may be sent is changed, and parked rows are tried, while pages are in flight."""
+    act = Shard._act
+
+    async def mutated(self: Shard) -> None:
+        with patch.object(Shard, "_settle_all", Shard._settle_answered):
+            await act(self)
+
+    return patch.object(Shard, "_act", mutated)
 
 
 def _taken_for_confirmed(kind: type[Any]) -> Any:
     def mutated(rows: Any, outcomes: Sequence[Any], blocked: Any, pauses: Any) -> Settlement:
         return settle(rows, [Confirmed() if isinstance(o, kind) else o for o in outcomes], blocked, pauses)
 
-    return patch.object(relay.outbox.shard, "settle", mutated)
+    return patch.object(relay.outbox.pipeline, "settle", mutated)
 
 
 def ignore_nack() -> Any:
@@ -78,7 +113,7 @@ def successors_not_parked() -> Any:
         settlement = settle(rows, outcomes, blocked, pauses)
         return replace(settlement, parked=[p for p in settlement.parked if p.is_head])
 
-    return patch.object(relay.outbox.shard, "settle", mutated)
+    return patch.object(relay.outbox.pipeline, "settle", mutated)
 
 
 def id_after_cursor() -> Any:
@@ -187,6 +222,9 @@ def blocked_not_learned() -> Any:
 
 OUTBOX: tuple[Mutant, ...] = (
     checkpoint_before_confirm,
+    read_is_settled,
+    settled_as_answered,
+    acts_in_the_middle,
     ignore_nack,
     ignore_return,
     unknown_is_confirmed,
@@ -237,9 +275,9 @@ def no_reorder() -> Any:
 def acknowledge_before_commit() -> Any:
     """The broker is told first, and then the batch is applied."""
 
-    async def mutated(self: _Loop, deliveries: Any) -> None:
-        await self._consumer.acknowledge(deliveries[-1].tag)
-        await self._applier.apply(_understood(deliveries))
+    async def mutated(self: _Loop, taken: Taken) -> None:
+        await self._consumer.acknowledge(taken.tag)
+        await self._applier.apply(taken.batch)
 
     return patch.object(_Loop, "_deliver", mutated)
 

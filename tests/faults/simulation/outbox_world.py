@@ -329,7 +329,7 @@ class World:
     # --- what must hold
 
     def _check_arrival(self, arrival: Arrival, refused: set[int]) -> None:
-        """No phantom; and first publications in order, but for what the broker refused in the same batch."""
+        """No phantom; and first publications in order, but for what the broker refused when nobody had been told of it yet."""
         self.note("arrived", arrival.process, arrival.place[1], arrival.seq)
         if (arrival.place, arrival.seq) not in self.committed_at:
             self._fail(f"a phantom: {arrival}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from relay.errors import BrokerUnavailable
 from relay.message import AGGREGATE_ID, AGGREGATE_TYPE, SEQUENCE, Message
@@ -62,6 +62,14 @@ class Broker:
             publisher.cut()
 
 
+@dataclass(slots=True)
+class _Call:
+    """What of one call was refused, and when it ended. What is sent until it and all before it have ended may be behind that."""
+
+    refused: dict[Place, set[int]] = field(default_factory=dict)
+    ended_at: float | None = None
+
+
 class ModelPublisher:
     """relay.rabbitmq.contract.Publisher."""
 
@@ -71,6 +79,8 @@ class ModelPublisher:
         self._lost: BaseException | None = None
         self._ended = asyncio.Event()
         self._message_at_fault = False
+        self._writing = asyncio.Lock()  # calls are written in the order in which they are begun
+        self._calls: list[_Call] = []  # from the first one on that has not ended
         broker.publishers.append(self)
         process.links.append(self)
 
@@ -101,29 +111,41 @@ class ModelPublisher:
         if len({message.message_id for message in messages}) != len(messages):
             raise ValueError("two messages of one batch have the same message_id")
         answers: list[Outcome | None] = [None] * len(messages)
+        now = self._broker.loop.time()
+        while self._calls and self._calls[0].ended_at is not None and self._calls[0].ended_at < now:
+            self._calls.pop(0)
+        self._calls.append(_Call())
+        untold = [*self._calls]  # when this one was begun
         try:
-            await self._exchange(messages, answers)
+            await self._exchange(messages, answers, untold)
         except asyncio.CancelledError:
             self.cut("publishing was cancelled")
             raise
+        finally:
+            untold[-1].ended_at = self._broker.loop.time()
         outcomes = [Unknown(str(self._lost)) if answer is None else answer for answer in answers]
         for message, outcome in zip(messages, outcomes, strict=True):
             if isinstance(outcome, Confirmed):
                 self._broker.on_confirmed(message)
         return outcomes
 
-    async def _exchange(self, messages: Sequence[Message], answers: list[Outcome | None]) -> None:
+    async def _exchange(self, messages: Sequence[Message], answers: list[Outcome | None], untold: list[_Call]) -> None:
         """Messages go out, arrive in order, are answered. The session may end in between, anywhere."""
         fate = self._process.next_fate()
         at_once, pause = self._process.pause()
-        sent = len(messages)
-        if fate is not None and fate.endswith("before"):
-            sent = self._broker.dice.randint(0, len(messages))
-        if self._is_over():
-            return
-        if not at_once:
-            await self._broker.loop.sleep(pause)
-        given = self._arrive(messages, sent, answers)
+        async with self._writing:
+            if self._is_over():
+                return
+            if not at_once:
+                await self._broker.loop.sleep(pause)
+            if fate is not None and fate.endswith("before"):
+                self._arrive(messages, self._broker.dice.randint(0, len(messages)), answers, untold)
+                self._end_by(fate)
+                return
+            is_swallowed = self._broker.is_blocked
+            given = self._arrive(messages, len(messages), answers, untold)
+            if is_swallowed:  # it is not read, and so is nothing that is written behind it
+                await self._wait_in_vain(answers)
         if at_once or fate is not None:
             await self._broker.loop.sleep(pause)
         if fate is not None:
@@ -155,10 +177,11 @@ class ModelPublisher:
                 if answer is None:
                     answers[position] = Unknown(str(self._lost), timed_out=late)
 
-    def _arrive(self, messages: Sequence[Message], sent: int, answers: list[Outcome | None]) -> list[Outcome | None]:
+    def _arrive(
+        self, messages: Sequence[Message], sent: int, answers: list[Outcome | None], untold: list[_Call]
+    ) -> list[Outcome | None]:
         """What the broker makes of what reached it, and what it will answer, if it can."""
         given: list[Outcome | None] = []
-        refused: dict[Place, set[int]] = {}
         if self._lost is not None or self._broker.is_blocked:
             return given
         for message in messages[:sent]:
@@ -177,9 +200,9 @@ class ModelPublisher:
             if taken:
                 arrival = Arrival(self._broker.loop.time(), self._process.name, message.message_id, place, seq)
                 self._broker.queue.append(arrival)
-                self._broker.on_arrival(arrival, refused.get(place, set()))
+                self._broker.on_arrival(arrival, {seq for call in untold for seq in call.refused.get(place, ())})
             if isinstance(answer, Nacked | Returned):
-                refused.setdefault(place, set()).add(seq)
+                untold[-1].refused.setdefault(place, set()).add(seq)
         return given
 
     def _broker_says(self, place: Place) -> tuple[Outcome | None, bool]:
