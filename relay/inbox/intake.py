@@ -39,12 +39,12 @@ class Taken(NamedTuple):
     received: int
 
 
-class _Understood(NamedTuple):
-    """A delivery, and what it is."""
+class _Other(NamedTuple):
+    """A delivery that is no event."""
 
-    thing: Arrival | Stranger | Control
+    thing: Stranger | Control
     tag: int
-    size: int
+    size: int  # of its body
 
 
 class Intake:
@@ -53,8 +53,8 @@ class Intake:
     def __init__(self, consumer: Consumer, *, ahead: int) -> None:
         self._consumer = consumer
         self._ahead = ahead
-        self._ready: deque[_Understood] = deque()
-        self._bytes = 0
+        self._ready: deque[Arrival | _Other] = deque()
+        self._bytes = 0  # of their bodies
         self._changed = asyncio.Event()  # something is ready, or the session has ended
         self._room = asyncio.Event()
         self._room.set()
@@ -79,26 +79,32 @@ class Intake:
 
     def take(self, limit: int) -> Taken:
         """The next deliveries, at most `limit` and BATCH_BYTES. Only after `wait`."""
-        arrivals: list[Arrival] = []
-        strangers: list[Stranger] = []
-        controls: list[Control] = []
-        total = received = tag = 0
-        while self._ready and received < limit:
-            thing, at, size = self._ready[0]
-            total += size
-            if received and total > BATCH_BYTES:
-                break
-            self._ready.popleft()
-            self._bytes -= size
-            received, tag = received + 1, at
-            if isinstance(thing, Arrival):
-                arrivals.append(thing)
-            elif isinstance(thing, Stranger):
-                strangers.append(thing)
-            else:
-                controls.append(thing)
+        taken = self._all() if len(self._ready) <= limit and self._bytes <= BATCH_BYTES else self._first(limit)
         self._room.set()
-        return Taken(Batch(arrivals=arrivals, strangers=strangers, controls=controls), tag, received)
+        others = [one.thing for one in taken if isinstance(one, _Other)]
+        batch = Batch(
+            arrivals=[one for one in taken if isinstance(one, Arrival)] if others else taken,  # type: ignore[arg-type]
+            strangers=[thing for thing in others if isinstance(thing, Stranger)],
+            controls=[thing for thing in others if not isinstance(thing, Stranger)],
+        )
+        return Taken(batch, taken[-1].tag or 0, len(taken))
+
+    def _all(self) -> list[Arrival | _Other]:
+        taken = list(self._ready)
+        self._ready.clear()
+        self._bytes = 0
+        return taken
+
+    def _first(self, limit: int) -> list[Arrival | _Other]:
+        taken: list[Arrival | _Other] = []
+        total = 0
+        while self._ready and len(taken) < limit:
+            total += (size := _size(self._ready[0]))
+            if taken and total > BATCH_BYTES:
+                break
+            taken.append(self._ready.popleft())
+            self._bytes -= size
+        return taken
 
     async def _run(self) -> None:
         try:
@@ -107,9 +113,8 @@ class Intake:
                     self._room.clear()
                     await self._room.wait()
                 for delivery in await self._consumer.receive(min(room, _PORTION)):
-                    understood = _understood(delivery)
-                    self._ready.append(understood)
-                    self._bytes += understood.size
+                    self._bytes += len(delivery.body)
+                    self._ready.append(_understood(delivery))
                 self._changed.set()
                 await asyncio.sleep(0)  # a consumer that has more does not wait: let the others go on
         except asyncio.CancelledError:
@@ -121,13 +126,15 @@ class Intake:
             self._changed.set()
 
 
-def _understood(delivery: Delivery) -> _Understood:
-    size = len(delivery.body)
+def _understood(delivery: Delivery) -> Arrival | _Other:
     try:
         if is_control(delivery):
-            return _Understood(to_control(delivery), delivery.tag, size)
-        event = to_event(delivery)
+            return _Other(to_control(delivery), delivery.tag, len(delivery.body))
+        return Arrival(to_event(delivery), delivery.tag, delivery.exchange, delivery.routing_key)
     except NotAnEvent as exc:
         log.warning("quarantined", reason=exc.reason, detail=exc.detail, routing_key=delivery.routing_key)
-        return _Understood(Stranger.of_delivery(delivery, exc.reason, exc.detail), delivery.tag, size)
-    return _Understood(Arrival(event, delivery.tag, delivery.exchange, delivery.routing_key), delivery.tag, size)
+        return _Other(Stranger.of_delivery(delivery, exc.reason, exc.detail), delivery.tag, len(delivery.body))
+
+
+def _size(one: Arrival | _Other) -> int:
+    return one.size if isinstance(one, _Other) else len(one.event.body)

@@ -24,6 +24,7 @@ LOCK_TIMEOUT_S = 600.0
 other statements would end our session for that, again and again. A competitor that is gone is noticed by the server."""
 
 _LOCK_ROUNDS = 10
+_NEW = Cursor(has_held=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,8 @@ class Store:
                 cursors |= await self._create(missing)
                 missing = [key for key in missing if key not in cursors]
             if not missing:
-                return await self._with_held(cursors)
+                await self._mark_held(cursors)
+                return cursors
         raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
 
     async def _lock(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
@@ -151,24 +153,25 @@ class Store:
         rows = await self._connection.fetch(
             query("lock_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
         )
-        return {keys[place - 1]: Cursor(last_seq, digest, blocked) for place, last_seq, digest, blocked in rows}
+        return {keys[place - 1]: Cursor(last_seq, digest, blocked, False) for place, last_seq, digest, blocked in rows}
 
     async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
         rows = await self._connection.fetch(
             query("create_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
         )
-        return {(source, aggregate_type, aggregate_id): Cursor() for source, aggregate_type, aggregate_id in rows}
+        return {(source, aggregate_type, aggregate_id): _NEW for source, aggregate_type, aggregate_id in rows}
 
-    async def _with_held(self, cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor]:
-        """The same, each with whether the table may hold something of it."""
+    async def _mark_held(self, cursors: dict[Key, Cursor]) -> None:
+        """Find out of which of these lines anything is held, now that nobody else can add to them."""
         keys = list(cursors)
         row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *_columns(keys))
         if row is None:
             raise AssertionError("lines_with_held gives one row")
         self.locked_in = row["transaction_id"]
-        known = {key: cursor._replace(has_held=False) for key, cursor in cursors.items()}
-        return known | {keys[place - 1]: cursors[keys[place - 1]] for place in row["places"]}
+        for place in row["places"]:
+            key = keys[place - 1]
+            cursors[key] = cursors[key]._replace(has_held=True)
 
     async def insert_seen(self, events: Iterable[Event]) -> set[tuple[str, str]]:
         """Remember the ids of events without order; return those (source, message id) that are new."""

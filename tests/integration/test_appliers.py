@@ -1,0 +1,167 @@
+"""Several appliers on one queue's batches: once, in order, on connections of their own; whatever happens to one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from relay.inbox import Event, Inbox
+from relay.postgres.connect import Connection
+from tests.integration.inbox_harness import Sent, World, eventually, record, recording, stream, world
+
+NAMES = "abcdefghijkl"
+APPLIERS = 4
+
+
+class Gate:
+    """An inbox whose handlers wait until it is opened. `at_work` are the backends on which they do."""
+
+    def __init__(self) -> None:
+        self.opened = asyncio.Event()
+        self.at_work: set[int] = set()
+        self.inbox = Inbox("shop")
+        self.inbox.on("T")(self.wait)
+
+    async def wait(self, event: Event, tx: Connection) -> None:
+        await record(event, tx)
+        self.at_work.add(tx.get_server_pid())
+        await self.opened.wait()
+
+    async def all_at_work(self) -> None:
+        async def are() -> bool:
+            return len(self.at_work) == APPLIERS
+
+        await eventually(are)
+
+
+async def is_once_and_in_order(w: World, each: int) -> bool:
+    return all([await w.effects(name) == list(range(1, each + 1)) for name in NAMES])
+
+
+async def test_duplicates_and_swaps_are_applied_once_and_in_order_by_all_of_them(database: str, broker: str) -> None:
+    events = [e for one in zip(*(stream(name, 50) for name in NAMES), strict=True) for e in one]
+    dice = random.Random(1)
+    for i in dice.sample(range(len(events) - 12), 60):
+        events[i], events[i + 12] = events[i + 12], events[i]
+    for e in dice.sample(events, 60):
+        events.insert(dice.randrange(len(events)), e)
+    backends: set[int] = set()
+    inbox = Inbox("shop")
+
+    @inbox.on("T")
+    async def noting(event: Event, tx: Connection) -> None:
+        backends.add(tx.get_server_pid())
+        await record(event, tx)
+
+    async with world(database, broker, appliers=APPLIERS) as w:
+        async with w.running(inbox):
+            await w.publish(events)
+            await w.until(lambda s: s.applied == 600 and s.received == 660)
+        assert await is_once_and_in_order(w, 50)
+        assert await w.held() == []
+        assert await w.queue_is_empty()
+    assert len(backends) == APPLIERS
+
+
+async def test_they_are_at_work_at_the_same_time(database: str, broker: str) -> None:
+    gate = Gate()
+    async with world(database, broker, appliers=APPLIERS) as w, w.running(gate.inbox):
+        await w.publish([e for name in NAMES for e in stream(name, 2)])
+        await gate.all_at_work()
+        gate.opened.set()
+        await w.until(lambda s: s.applied == 24)
+
+
+async def test_what_fails_in_one_part_holds_its_aggregate_only(database: str, broker: str) -> None:
+    inbox = recording()
+
+    @inbox.on("P")
+    async def poison(event: Event, tx: Connection) -> None:
+        raise RuntimeError("no")
+
+    poisoned = [Sent(seq=1, aggregate="p", event_type="P"), *stream("p", 3)[1:]]
+    async with world(database, broker, appliers=APPLIERS, retry_first_s=60, retry_max_s=60) as w:
+        async with w.running(inbox):
+            await w.publish([*poisoned, *(e for name in NAMES for e in stream(name, 4))])
+            await w.until(lambda s: s.applied == 48 and s.failed == 1 and s.behind == 2)
+        assert await is_once_and_in_order(w, 4)
+        assert await w.held() == [
+            (1, "failed", "retrying", 1),
+            (2, "behind", "waiting", 0),
+            (3, "behind", "waiting", 0),
+        ]
+
+
+async def test_a_backend_that_dies_under_one_part_costs_nobody_an_effect(database: str, broker: str) -> None:
+    """The others' parts are committed, and recognised when all is delivered again."""
+    killed: list[int] = []
+    inbox = Inbox("shop")
+
+    @inbox.on("T")
+    async def once_deadly(event: Event, tx: Connection) -> None:
+        if event.aggregate_id == "a" and event.seq == 3 and not killed:
+            killed.append(tx.get_server_pid())
+            await tx.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        await record(event, tx)
+
+    async with world(database, broker, appliers=APPLIERS) as w:
+        async with w.running(inbox):
+            await w.publish([e for one in zip(*(stream(name, 4) for name in NAMES), strict=True) for e in one])
+            await w.until(lambda s: s.applied == 48)
+        assert await is_once_and_in_order(w, 4)
+        assert killed
+        assert await w.queue_is_empty()
+
+
+async def test_an_idle_connection_of_one_of_them_that_is_killed_is_noticed(database: str, broker: str) -> None:
+    mine = "SELECT pid FROM pg_stat_activity WHERE application_name = 'relay inbox shop' ORDER BY backend_start"
+    async with world(database, broker, appliers=APPLIERS) as w, w.running(recording()):
+        await w.publish([e for name in NAMES for e in stream(name, 1)])
+        await w.until(lambda s: s.applied == 12)
+        before = {row["pid"] for row in await w.db.fetch(mine)}
+        assert len(before) == APPLIERS
+        await w.db.execute("SELECT pg_terminate_backend($1)", [row["pid"] for row in await w.db.fetch(mine)][-1])
+
+        async def are_replaced() -> bool:
+            now = {row["pid"] for row in await w.db.fetch(mine)}
+            return len(now) == APPLIERS and not now & before
+
+        await eventually(are_replaced)
+        await w.publish([e for name in NAMES for e in stream(name, 2)[1:]])
+        await w.until(lambda s: s.applied == 24)
+
+
+async def test_a_stop_lets_every_part_end_and_acknowledges_the_batch(database: str, broker: str) -> None:
+    gate = Gate()
+    stop = asyncio.Event()
+    async with world(database, broker, appliers=APPLIERS, batch=24) as w:
+        running = asyncio.create_task(gate.inbox.run(w.settings, stop=stop))
+        await eventually(lambda: w.are_subscribed(1))
+        await w.publish([e for name in NAMES for e in stream(name, 2)])
+        await gate.all_at_work()
+        stop.set()
+        await asyncio.sleep(0)
+        assert not running.done()
+        gate.opened.set()
+        applied = (await running).applied
+        assert 0 < applied <= 24
+        assert await w.db.fetchval("SELECT count(*) FROM effect") == applied
+        async with w.channel() as channel:
+            assert (await channel.queue_declare("shop", passive=True)).message_count == 24 - applied
+
+
+async def test_cancelled_none_of_them_commits_and_all_is_done_later(database: str, broker: str) -> None:
+    gate = Gate()
+    async with world(database, broker, appliers=APPLIERS) as w:
+        running = asyncio.create_task(gate.inbox.run(w.settings))
+        await eventually(lambda: w.are_subscribed(1))
+        await w.publish([e for name in NAMES for e in stream(name, 2)])
+        await gate.all_at_work()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with w.running(recording()):
+            await w.until(lambda s: s.applied + s.duplicates >= 24)
+        assert await is_once_and_in_order(w, 2)
