@@ -22,10 +22,10 @@ SETTINGS: tuple[Settings, ...] = (
 _KINDS = ("order",) * 4 + tuple(KINDS)
 
 
-def play(seed: int) -> InboxWorld:
-    """Play the schedule of a seed to its end. Raises Violation."""
+def play(seed: int, *, in_batches: bool = False) -> InboxWorld:
+    """Play the schedule of a seed to its end, with a batch handler or without. Raises Violation."""
     dice = random.Random(seed)
-    world = InboxWorld(seed, dice.choice(SETTINGS), consumers=dice.choice((1, 2, 2)))
+    world = InboxWorld(seed, dice.choice(SETTINGS), consumers=dice.choice((1, 2, 2)), in_batches=in_batches)
     try:
         if dice.random() < 0.7:
             world.run(0.2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -143,9 +143,12 @@ class ModelledDaemon(_Daemon):
 
 
 class InboxWorld:
-    """A database, a queue, `consumers` consumers. The same seed, settings and calls give the same run."""
+    """A database, a queue, `consumers` consumers. The same seed, settings and calls give the same run.
 
-    def __init__(self, seed: int, settings: Settings, *, consumers: int = 1) -> None:
+    `in_batches`: a batch handler, for two events at most or for any number, but for one kind of aggregates.
+    """
+
+    def __init__(self, seed: int, settings: Settings, *, consumers: int = 1, in_batches: bool = False) -> None:
         self.settings = settings
         self.loop = VirtualLoop()  # type: ignore[abstract]
         self.dice = random.Random(seed)
@@ -163,7 +166,11 @@ class InboxWorld:
         self.conflicts = 0
         self._started = 0
         self.inbox = Inbox("billing")
-        self.inbox.on("Booked")(self._handle)
+        if in_batches:
+            self.inbox.on_batch("Booked", limit=2 if seed % 2 else 1000)(self._handle_all)
+            self.inbox.on("Booked", aggregate_type="state")(self._handle)
+        else:
+            self.inbox.on("Booked")(self._handle)
         self.processes = [self._start(position) for position in range(consumers)]
 
     # --- time
@@ -248,6 +255,11 @@ class InboxWorld:
         await tx.execute(EFFECT, event)
         if mood == "raises late":
             raise RuntimeError("no")
+
+    async def _handle_all(self, events: Sequence[Event], tx: RealConnection) -> None:
+        self.note("call", len(events))
+        for event in events:
+            await self._handle(event, tx)
 
     def upset(self, kind: str, name: str, seq: int, mood: Mood) -> None:
         """The handler of an event fails, until it is soothed."""
