@@ -160,7 +160,9 @@ class Store:
         rows = await self._connection.fetch(
             query("create_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
         )
-        return {(source, aggregate_type, aggregate_id): _NEW for source, aggregate_type, aggregate_id in rows}
+        return dict.fromkeys(
+            ((source, aggregate_type, aggregate_id) for source, aggregate_type, aggregate_id in rows), _NEW
+        )
 
     async def _mark_held(self, cursors: dict[Key, Cursor]) -> None:
         """Find out of which of these lines anything is held, now that nobody else can add to them."""
