@@ -95,7 +95,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
     def __init__(self, owner: SplitTransport, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(reader, loop=loop)
         self._owner = owner
-        self._clock = loop.time
+        self._clock = loop
         self._passed_on_at = loop.time()
         self._socket: asyncio.BaseTransport | None = None
 
@@ -111,7 +111,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
         except Exception as exc:  # noqa: BLE001 - asyncio would log what a sink raises, and go on without its message
             self._cut(exc)
             return
-        now = self._clock()
+        now = self._clock.time()
         if not rest and now - self._passed_on_at > _HEARTBEAT_S:
             rest = _HEARTBEAT  # only when bytes have come: it hides no silence
         if rest:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
 from types import MappingProxyType
@@ -195,7 +195,7 @@ def _instant(seconds: int) -> datetime | None:
     if seconds >= _LAST_S:
         if seconds >= _LAST_S * 1000:
             return None
-        return datetime.fromtimestamp(seconds / 1000, UTC)
+        return datetime.fromtimestamp(seconds // 1000, UTC) + timedelta(milliseconds=seconds % 1000)
     return datetime.fromtimestamp(seconds, UTC)
 
 

@@ -1,0 +1,108 @@
+"""What the fast consumer makes of a message off the wire: the same as the stock one, and something of what that one dies of."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from aiormq.abc import DeliveredMessage
+from pamqp import commands, header
+
+from relay.errors import UnreadableMessage
+from relay.inbox import storable
+from relay.message import Delivery, NotAnEvent, Row, to_event, to_message
+from relay.rabbitmq import fast_consumer, stock_consumer
+from tests.unit.test_wire_properties import some_properties
+
+NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
+METHOD = commands.Basic.Deliver("ctag1.x", 7, True, "relay.events", "order.OrderPaid")
+WIRE = struct.pack(">I", METHOD.index) + METHOD.marshal()
+NEW = commands.Basic.Properties
+
+
+def fast(block: bytes, body: bytes | None = b"{}") -> Delivery:
+    return fast_consumer._delivery(WIRE, block, body)
+
+
+def stock(properties: commands.Basic.Properties, body: bytes = b"{}") -> Delivery:
+    head = header.ContentHeader(0, len(body))
+    head.unmarshal(struct.pack(">HHQ", 60, 0, len(body)) + properties.marshal())
+    message = DeliveredMessage(delivery=METHOD, header=head, body=body, channel=None)  # type: ignore[arg-type]
+    return stock_consumer._delivery(message)
+
+
+def plain(value: Any) -> Any:
+    """Without the difference between bytes that can be changed and bytes that cannot."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return bytes(value) if isinstance(value, bytearray) else value
+
+
+def test_a_message_is_the_same_delivery_whichever_way_it_is_read() -> None:
+    dice = random.Random(11)
+    for _ in range(300):
+        properties = NEW(**some_properties(dice))
+        expected = stock(properties)
+        others = {name: value for name, value in expected.others.items() if value is not None}
+        assert fast(properties.marshal()) == expected._replace(headers=plain(expected.headers), others=others)
+
+
+def test_a_relay_s_message_is_its_event() -> None:
+    row = Row(
+        id=1,
+        aggregate_type="order",
+        aggregate_id="4711",
+        seq=2**40,
+        event_type="OrderPaid",
+        content_type="application/json",
+        headers={"traceparent": "00-x", "yes": True, "n": -5},
+        routing_key=None,
+        created_at=NOON,
+        body=b'{"amount": 1}',
+    )
+    sent = to_message(row, source="shop", routing_key="order.OrderPaid")
+    block = NEW(
+        message_id=sent.message_id,
+        message_type=sent.event_type,
+        app_id=sent.source,
+        content_type=sent.content_type,
+        timestamp=sent.occurred_at,
+        headers=dict(sent.headers),
+        delivery_mode=2,
+    ).marshal()
+    event = to_event(fast(block, sent.body))
+    assert (event.source, event.aggregate_type, event.aggregate_id, event.seq) == ("shop", "order", "4711", 2**40)
+    assert (event.event_type, event.message_id, event.body) == ("OrderPaid", sent.message_id, sent.body)
+    assert (event.headers, event.occurred_at) == ({"traceparent": "00-x", "yes": True, "n": -5}, NOON)
+
+
+def test_properties_that_cannot_be_read_are_malformed_and_go_into_the_quarantine_as_they_are() -> None:
+    block = struct.pack(">H", 0x0080) + b"\x02\xff\xfe"
+    delivery = fast(block, b"whole")
+    assert (delivery.tag, delivery.redelivered, delivery.routing_key, delivery.body) == (
+        7,
+        True,
+        METHOD.routing_key,
+        b"whole",
+    )
+    with pytest.raises(NotAnEvent, match="malformed: a property is not UTF-8"):
+        to_event(delivery)
+    kept = json.loads(storable.properties_of_delivery(delivery))
+    assert kept["unread"] == {"base64": "AIAC//4="}
+
+
+def test_a_time_that_is_no_time_is_kept_in_the_quarantine_as_the_number_it_is() -> None:
+    delivery = fast(struct.pack(">HQ", 0x0040, 2**64 - 1))
+    assert json.loads(storable.properties_of_delivery(delivery))["timestamp"] == 2**64 - 1
+
+
+def test_a_message_larger_than_is_kept_in_memory_is_left_to_the_delivery_limit() -> None:
+    """Acknowledged it would be lost: nothing has its body."""
+    with pytest.raises(UnreadableMessage, match="larger than 134217728 bytes"):
+        fast(b"\0\0", None)
