@@ -57,12 +57,14 @@ class Applier:
         charges = Charges(self._suspects)
         narrowing = Narrowing(batch, self._rules, self._suspects)
         refused: CommitFailed | None = None
+        together: HandlerFailed | None = None
         while (part := narrowing.next()) is not None:
             try:
                 await self._attempt(part, charges, careful=False)
             except HandlerFailed as exc:
                 reached(Point.SET_APART)
                 self._note(exc, charges)
+                together = exc if len(exc.arrivals) > 1 else together
                 narrowing.failed(part, exc.arrivals, dear=exc.ends_transaction)
             except CommitFailed as exc:
                 log.warning("batch_failed_at_commit", error=loggable(exc.error), events=len(part.arrivals))
@@ -70,6 +72,8 @@ class Applier:
                     refused = exc
         for single in narrowing.apart:
             await self._alone(single, charges)
+        if together is not None and not self.done.failed:
+            self._log_together(together)
         if refused is not None:
             raise PostgresUnavailable(
                 f"COMMIT fails without any handler's doing: {loggable(refused.error)}"
@@ -209,11 +213,22 @@ class Applier:
         self.done += stats
         self.left_due |= work.leaves_due
 
+    def _log_together(self, failure: HandlerFailed) -> None:
+        """Nothing is held, so nobody would see it; and a handler that does so has every batch taken apart, slowly."""
+        log.warning(
+            "batch_handler_failed_only_together",
+            consumer=self._rules.consumer,
+            event_types=sorted({arrival.event.event_type for arrival in failure.arrivals})[:10],
+            events=len(failure.arrivals),
+            error=loggable(failure.error),
+            reason="a call with these events failed, in smaller calls they were applied: it must not depend on how they are grouped",
+        )
+
     def _accuse(self, called: Sequence[Arrival]) -> None:
         """The connection broke: of one message it is known whose handler was at work, of many it will be found out."""
         if len(called) == 1:
             self._suspects.accuse(called[0].message)
-        else:
+        elif called:
             units = {self._rules.unit(arrival) for arrival in called}
             self._suspects.accuse_one_of([arrival.message for arrival in called], len(units))
 

@@ -100,11 +100,11 @@ class Narrowing:
     def _company(self, batch: Batch) -> dict[Unit, int]:
         """The suspected aggregates, and with how many they are suspected."""
         found: dict[Unit, int] = {}
-        messages = [(self._rules.unit(a), a.message) for a in batch.arrivals]
-        messages += [(self._rules.unit_of_due(d), (d.source, d.message_id)) for d in batch.due]
-        for unit, message in messages:
-            if company := self._suspects.company(message):
-                found[unit] = min(company, found.get(unit, company))
+        company = self._suspects.company
+        suspected = [(self._rules.unit(a), n) for a in batch.arrivals if (n := company(a.message))]
+        suspected += [(self._rules.unit_of_due(d), n) for d in batch.due if (n := company((d.source, d.message_id)))]
+        for unit, n in suspected:
+            found[unit] = min(n, found.get(unit, n))
         return found
 
 

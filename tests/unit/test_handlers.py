@@ -10,7 +10,9 @@ import pytest
 from relay.errors import ConfigError
 from relay.inbox import Event, Inbox, load
 from relay.inbox.handlers import Grouped
+from relay.inbox.start import Start
 from relay.postgres.connect import Connection
+from relay.settings import InboxSettings
 
 
 def event(event_type: str, aggregate_type: str | None = "order") -> Event:
@@ -165,3 +167,20 @@ def test_what_cannot_be_a_batch_handler_is_refused() -> None:
     for limit in (0, -1, True, 1.5, None):
         with pytest.raises(ConfigError, match="the most events of one call, a whole number from 1"):
             inbox.on_batch("A", limit=limit)  # type: ignore[arg-type]
+
+
+def test_an_inbox_of_batch_handlers_alone_is_found_and_is_not_for_store_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inbox_app_batches.py").write_text(
+        "from relay.inbox import Inbox\ninbox = Inbox('x')\n@inbox.on_batch('A')\nasync def f(events, tx): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = load("inbox_app_batches:inbox")
+    assert found.takes_batches
+    assert Start(found, InboxSettings(functions={"B": "billing.b"})).inbox.takes_batches
+    with pytest.raises(ConfigError, match=r"two handlers for A: \S+ of inbox\.functions"):
+        Start(found, InboxSettings(functions={"A": "billing.a"}))
+    with pytest.raises(ConfigError, match="must have no handlers"):
+        Start(found, InboxSettings(mode="store"))
