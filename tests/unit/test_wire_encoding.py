@@ -172,6 +172,58 @@ def test_a_body_is_refused_above_the_limit_and_not_at_it(size: int) -> None:
     refuses_as_stock_does(message(body=bytes(size)), refuses=size > MAX_BODY_BYTES)
 
 
+EAST, WEST = timezone(timedelta(hours=5)), timezone(timedelta(hours=-5))
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("a routing key of 256 bytes", {"routing_key": "é" * 128}),
+    ("a message id of 256 bytes", {"message_id": "m" * 256}),
+    ("an event type of 256 bytes", {"event_type": "t" * 256}),
+    ("a source of 256 bytes", {"source": "s" * 256}),
+    ("a content type of 256 bytes", {"content_type": "c" * 256}),
+    ("a lone surrogate as a routing key", {"routing_key": "\ud800"}),
+    ("a lone surrogate as a message id", {"message_id": "\ud800"}),
+    ("a lone surrogate in a header", {"headers": {"x": "\ud800"}}),
+    ("a lone surrogate in a header's name", {"headers": {"\ud800": 1}}),
+    ("a header's name of 129 bytes", {"headers": {"n" * 129: "x"}}),
+    ("a number's name of 129 bytes", {"headers": {"n" * 129: 1}}),
+    ("a boolean's name of 130 bytes", {"headers": {"é" * 65: True}}),
+    ("2 to the 63", {"headers": {"x": 2**63}}),
+    ("less than minus 2 to the 63", {"headers": {"x": -(2**63) - 1}}),
+    ("more digits than Python writes", {"headers": {"x": 10**5000}}),
+    ("a float", {"headers": {"x": 0.5}}),
+    ("nothing", {"headers": {"x": None}}),
+    ("bytes", {"headers": {"x": b"x"}}),
+    ("a table", {"headers": {"x": {}}}),
+    ("a time without a zone", {"occurred_at": datetime(2026, 1, 1)}),
+    ("the year 1", {"occurred_at": datetime(1, 1, 1, tzinfo=EAST)}),
+    ("a moment before 1970", {"occurred_at": datetime(1969, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)}),
+    ("1970 in the east", {"occurred_at": datetime(1970, 1, 1, 4, 59, tzinfo=EAST)}),
+    ("the end of 9999 in the west", {"occurred_at": datetime(9999, 12, 31, 19, tzinfo=WEST)}),
+]
+ALLOWED: list[tuple[str, dict[str, Any]]] = [
+    (
+        "texts of 255 bytes",
+        dict.fromkeys(("routing_key", "message_id", "event_type", "source", "content_type"), "x" * 255),
+    ),
+    ("no texts", dict.fromkeys(("routing_key", "message_id", "event_type", "source", "content_type"), "")),
+    ("names of 128 bytes", {"headers": {"n" * 128: "x", "m" * 128: 1, "é" * 64: False, "": ""}}),
+    ("numbers of 64 bits", {"headers": {"greatest": 2**63 - 1, "least": -(2**63)}}),
+    ("texts around 256 bytes", {"headers": {str(n): "x" * n for n in (0, 254, 255, 256, 257, 70_000)}}),
+    ("1970", {"occurred_at": datetime(1970, 1, 1, tzinfo=UTC)}),
+    ("1970 in the west", {"occurred_at": datetime(1969, 12, 31, 19, tzinfo=WEST)}),
+    ("the last second of 9999", {"occurred_at": datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)}),
+]
+
+
+@pytest.mark.parametrize("changes", [changes for _, changes in REFUSED], ids=[name for name, _ in REFUSED])
+def test_what_does_not_fit_into_amqp_is_refused(changes: dict[str, Any]) -> None:
+    refuses_as_stock_does(message(**changes), refuses=True)
+
+
+@pytest.mark.parametrize("changes", [changes for _, changes in ALLOWED], ids=[name for name, _ in ALLOWED])
+def test_what_just_fits_into_amqp_is_sent_as_it_is(changes: dict[str, Any]) -> None:
+    refuses_as_stock_does(message(**changes), refuses=False)
+
+
 MANY: dict[str, dict[str, Any]] = {
     "a long text": {},
     "many numbers": {f"n{n}": n for n in range(2000)},
