@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -112,11 +113,9 @@ def test_a_handler_is_called_once_if_all_aggregates_have_the_handlers_in_the_sam
     assert sorted(call.split()[0] for call in planned(text)) == sorted(set("".join(by_aggregate.values())))
 
 
-@given(SEQUENCES.map(" ".join))
-def test_there_are_never_more_calls_than_changes_of_the_handler(text: str) -> None:
-    """What one would do without a plan: a call goes on until the next event has another handler, or is for a one-by-one handler."""
-    given = ready(text)
-    changes = sum(
-        1 for i, (h, _, _) in enumerate(given) if i == 0 or not isinstance(h, Grouped) or given[i - 1][0] is not h
-    )
-    assert len(list(calls(given))) <= changes
+def test_where_aggregates_contradict_each_other_there_are_still_few_calls() -> None:
+    """500 events of 200 aggregates for four handlers, at random. In the order of arrival these are some 375 calls; with what
+    comes n-th of its aggregate in the n-th stage, some 23."""
+    dice = random.Random(1)
+    text = [(chr(200 + dice.randrange(200)), dice.choice("ABCD")) for _ in range(500)]
+    assert len(planned(" ".join(map("".join, text)))) <= 16
