@@ -21,8 +21,10 @@ from pamqp import frame
 from pamqp.exceptions import UnmarshalingException
 
 from relay.errors import BrokerError, BrokerUnavailable, UnreadableMessage
-from relay.message import Delivery
+from relay.message import Delivery, NotAnEvent, to_event
 from relay.rabbitmq import session, subscription
+from relay.rabbitmq.contract import Consumer
+from relay.rabbitmq.fast_consumer import FastConsumer
 from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.stock_consumer import StockConsumer
 from relay.rabbitmq.stock_publisher import StockPublisher
@@ -32,16 +34,27 @@ from tests.harness.stub_broker import StubBroker, props, stub_broker
 QUEUE = InboxQueue(name="traps", bindings=("order.#",), delivery_limit=5)
 
 
+Kind = type[StockConsumer] | type[FastConsumer]
+
+
+@pytest.fixture(params=[StockConsumer, FastConsumer], ids=["stock", "fast"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    return found
+
+
 @asynccontextmanager
-async def consumer_of(broker: StubBroker, **settings: Any) -> AsyncIterator[StockConsumer]:
-    consumer = await StockConsumer.open(broker.settings(**settings), QUEUE, prefetch=5000, name="traps")
+async def consumer_of(
+    broker: StubBroker, kind: Kind = StockConsumer, **settings: Any
+) -> AsyncIterator[StockConsumer | FastConsumer]:
+    consumer = await kind.open(broker.settings(**settings), QUEUE, prefetch=5000, name="traps")
     try:
         yield consumer
     finally:
         await consumer.close()
 
 
-async def received(consumer: StockConsumer, n: int) -> list[Delivery]:
+async def received(consumer: Consumer, n: int) -> list[Delivery]:
     found: list[Delivery] = []
     async with asyncio.timeout(5):
         while len(found) < n:
@@ -59,8 +72,10 @@ async def until(question: Callable[[], bool]) -> None:
 
 
 class TestD:
-    async def test_a_consumer_whose_connection_died_gets_a_broker_error_and_nobody_is_cancelled(self) -> None:
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+    async def test_a_consumer_whose_connection_died_gets_a_broker_error_and_nobody_is_cancelled(
+        self, kind: Kind
+    ) -> None:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             broker.last.say_nothing_more()
             with loop_clock() as clock:
                 async with asyncio.TaskGroup() as group:
@@ -74,11 +89,13 @@ class TestD:
                 await consumer.acknowledge(1)
 
     @pytest.mark.parametrize("step", ["Queue.Declare", "Basic.Consume"])
-    async def test_a_connection_that_dies_while_it_is_being_set_up_is_a_broker_error(self, step: str) -> None:
+    async def test_a_connection_that_dies_while_it_is_being_set_up_is_a_broker_error(
+        self, kind: Kind, step: str
+    ) -> None:
         async with stub_broker() as broker:
             broker.on_connect = lambda line: setattr(line, "ignores", frozenset((step,)))
             opening = asyncio.create_task(
-                StockConsumer.open(broker.settings(connect_timeout_s=300), QUEUE, prefetch=1, name="traps")
+                kind.open(broker.settings(connect_timeout_s=300), QUEUE, prefetch=1, name="traps")
             )
             await until(lambda: bool(broker.lines) and step in broker.last.seen)
             with loop_clock() as clock:
@@ -101,9 +118,9 @@ async def told(call: Awaitable[object]) -> BaseException | None:
 
 
 class TestG:
-    async def test_a_consumer_that_nobody_asks_takes_its_whole_prefetch_and_stalls_nothing(self) -> None:
+    async def test_a_consumer_that_nobody_asks_takes_its_whole_prefetch_and_stalls_nothing(self, kind: Kind) -> None:
         """aiormq's queues hold ten frames: whoever stops taking them stalls the connection, heartbeats and all."""
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             for tag in range(1, 2001):
                 broker.last.deliver(tag, b"x")
             broker.last.close_connection(320, "CONNECTION_FORCED")
@@ -171,9 +188,21 @@ class TestH:
                     await consumer.receive(1)
             await until(lambda: broker.client_sockets() == 0)
 
-    async def test_everything_that_can_be_read_is_handed_out_and_can_be_acknowledged(self) -> None:
+    @pytest.mark.parametrize("name", UNREADABLE)
+    async def test_on_the_fast_lane_it_is_handed_out_like_any_other_and_the_connection_stays(self, name: str) -> None:
+        async with stub_broker() as broker, consumer_of(broker, FastConsumer) as consumer:
+            broker.last.deliver(1, b"x", UNREADABLE[name])
+            broker.last.deliver(2, b"y")
+            first, second = await received(consumer, 2)
+            assert (first.tag, first.body, second.body) == (1, b"x", b"y")
+            with pytest.raises(NotAnEvent):
+                to_event(first)
+            await consumer.acknowledge(2)
+            await broker.last.until(lambda line: line.acknowledged == [(2, True)])
+
+    async def test_everything_that_can_be_read_is_handed_out_and_can_be_acknowledged(self, kind: Kind) -> None:
         """Nothing fails in a task where nobody sees it and keeps its place in the prefetch for ever."""
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             for tag, properties in enumerate(READABLE.values(), 1):
                 broker.last.deliver(tag, b"x", properties)
             found = await received(consumer, len(READABLE))
@@ -200,17 +229,17 @@ class TestH:
 
 
 class TestK:
-    async def test_a_consumer_that_the_broker_cancelled_has_ended(self) -> None:
+    async def test_a_consumer_that_the_broker_cancelled_has_ended(self, kind: Kind) -> None:
         """A queue that was deleted, or whose leader is gone: aio-pika's robust layer did not always notice."""
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             broker.last.cancel_consumer()
             async with asyncio.timeout(5):
                 with pytest.raises(BrokerUnavailable, match="cancelled the consumer"):
                     await consumer.receive(1)
 
-    async def test_nothing_that_was_received_and_not_taken_outlives_its_session(self) -> None:
+    async def test_nothing_that_was_received_and_not_taken_outlives_its_session(self, kind: Kind) -> None:
         """It could not be acknowledged any more, and comes again: handed out it would be handled twice."""
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             broker.last.deliver(1, b"x")
             await until(lambda: len(consumer._buffer) == 1)
             broker.last.cut()
@@ -244,9 +273,9 @@ class TestL:
             assert order == [b"2", b"1"]
             await connection.close()
 
-    async def test_deliveries_of_all_sizes_come_out_in_the_order_they_came_in(self) -> None:
+    async def test_deliveries_of_all_sizes_come_out_in_the_order_they_came_in(self, kind: Kind) -> None:
         sizes = [0, 1, 70_000, 3, 0, 131_000, 1, 1, 9000, 0] * 30
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             for tag, size in enumerate(sizes, 1):
                 broker.last.deliver(tag, bytes(size))
             found = await received(consumer, len(sizes))
@@ -276,12 +305,12 @@ class TestL:
             await until(lambda: broker.client_sockets() == 0)
 
     async def test_closing_is_bounded_at_a_broker_that_answers_nothing_any_more(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.1)
         monkeypatch.setattr(subscription, "CLOSE_TIMEOUT_S", 0.1)
         async with stub_broker() as broker:
-            consumer = await StockConsumer.open(broker.settings(), QUEUE, prefetch=1, name="traps")
+            consumer = await kind.open(broker.settings(), QUEUE, prefetch=1, name="traps")
             broker.last.stop_reading()
             async with asyncio.timeout(2):
                 await consumer.close()
@@ -292,8 +321,8 @@ class TestL:
 
 
 class TestP:
-    async def test_the_kernel_gives_up_a_broker_that_acknowledges_nothing(self) -> None:
-        async with stub_broker() as broker, consumer_of(broker) as consumer:
+    async def test_the_kernel_gives_up_a_broker_that_acknowledges_nothing(self, kind: Kind) -> None:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
             writer = consumer._session._remembered.writer
             assert writer is not None
             found: socket.socket = writer.get_extra_info("socket")
@@ -301,8 +330,8 @@ class TestP:
             assert 5_000 <= found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 30_000
             assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
-    async def test_what_a_platform_does_not_have_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_what_a_platform_does_not_have_is_left_out(self, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
         """macOS has no TCP_USER_TIMEOUT."""
         monkeypatch.delattr(socket, "TCP_USER_TIMEOUT")
-        async with stub_broker() as broker, consumer_of(broker):
+        async with stub_broker() as broker, consumer_of(broker, kind):
             assert broker.client_sockets() == 1
