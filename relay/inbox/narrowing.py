@@ -46,31 +46,36 @@ class Narrowing:
 
     def failed(self, batch: Batch, arrivals: Iterable[Arrival], *, dear: bool) -> None:
         """A handler failed over these when the batch was tried as a whole. `dear`: that cost the connection."""
-        self._divide(batch, {self._rules.unit(arrival) for arrival in arrivals}, _PARTS if dear else _HALVES)
+        self._divide(batch, {self._rules.unit(arrival) for arrival in arrivals}, dear=dear)
 
     def refused(self, batch: Batch) -> bool:
         """The COMMIT of the batch failed. False: there is no event in it that could be to blame."""
         units = by_unit(batch, self._rules)
         if units:
-            self._divide(batch, units, _HALVES)
+            self._divide(batch, units, dear=False)
         return bool(units)
 
-    def _divide(self, batch: Batch, units: Iterable[Unit], parts: int) -> None:
+    def _divide(self, batch: Batch, units: Iterable[Unit], *, dear: bool) -> None:
         taken, rest = split(batch, self._rules, set(units).__contains__)
         singles = list(by_unit(taken, self._rules).values())
+        parts: list[Batch] = []
         if len(singles) == 1:
             self.apart += singles
             self._named -= bool(rest.arrivals or rest.due)  # nobody had to divide to find it
-            self._whole[:0] = [rest] if rest else []
+        elif dear and len(singles) <= _PARTS:
+            self.apart += singles  # a savepoint for each of their events costs less than one more connection
         else:
-            if self._divisions is None:
-                self._divisions = max(_NAMED, len(singles) // _WORTH_IT)
-            self._divisions -= 1
-            divided = [joined(part) for part in _divided(singles, parts)]
-            self._whole[:0] = [rest, *divided] if rest else divided
+            parts = self._divided(singles, _PARTS if dear else _HALVES)
+        self._whole[:0] = [part for part in (rest, *parts) if part]
         if self._named <= 0 or self._divisions == 0:
             self._give_up()
         self._set_single_ones_apart()
+
+    def _divided(self, singles: Sequence[Batch], parts: int) -> list[Batch]:
+        if self._divisions is None:
+            self._divisions = max(_NAMED, len(singles) // _WORTH_IT)
+        self._divisions -= 1
+        return [joined(part) for part in _portions(singles, -(-len(singles) // parts))]
 
     def _give_up(self) -> None:
         """Aggregate by aggregate, from here on."""
@@ -132,10 +137,6 @@ def joined(batches: Iterable[Batch]) -> Batch:
     """The events of several batches as one."""
     several = list(batches)
     return Batch(arrivals=[a for b in several for a in b.arrivals], due=[d for b in several for d in b.due])
-
-
-def _divided(singles: Sequence[Batch], parts: int) -> list[Sequence[Batch]]:
-    return _portions(singles, -(-len(singles) // parts))
 
 
 def _portions(singles: Sequence[Batch], size: int) -> list[Sequence[Batch]]:

@@ -55,7 +55,7 @@ async def hangs(_tx: Connection) -> None:
 
 
 async def ends_the_transaction(tx: Connection) -> None:
-    await tx.execute("COMMIT")
+    await tx.execute("ROLLBACK")
 
 
 async def swallows_an_error(tx: Connection) -> None:
@@ -267,12 +267,11 @@ async def test_a_handler_that_fails_only_over_several_events_is_told_as_it_holds
         await b.db.execute("CREATE TABLE newest (aggregate text PRIMARY KEY, seq bigint)")
         with capture_logs() as logs:
             await b.apply(*(b.arrival(1, name) for name in "abc"))
-            assert logs == []
             await b.apply(b.arrival(2, "a"), b.arrival(3, "a"), b.arrival(2, "b"))
         assert [tuple(r) for r in await b.db.fetch("TABLE newest ORDER BY 1")] == [("a", 3), ("b", 2), ("c", 1)]
-        (told,) = logs
+        (told,) = [line for line in logs if line["log_level"] != "debug"]
         assert (told["event"], told["log_level"]) == ("batch_handler_failed_only_together", "warning")
-        assert (told["events"], told["error"]) == (3, "CardinalityViolationError")
+        assert (told["events"], told["error"]) == (2, "CardinalityViolationError")
 
 
 # A connection that breaks
