@@ -26,6 +26,7 @@ from relay.sandbox import Postgres, RabbitMQ
 from relay.sandbox.ports import free_ports
 from tests.faults.lab import frames, statements
 from tests.faults.lab.amqp_proxy import AmqpLink, AmqpProxy
+from tests.faults.lab.link import Link
 from tests.faults.lab.postgres_proxy import PostgresProxy
 from tests.faults.lab.proxy import TcpProxy
 from tests.harness.outbox import until
@@ -459,6 +460,26 @@ async def test_close_ends_what_is_on_its_way(proxy: TcpProxy) -> None:
 
 async def _is_late(proxy: TcpProxy) -> bool:
     return any(link.server._late for link in proxy.links)
+
+
+async def test_a_connection_that_is_cut_before_its_dialling_began_is_forgotten(
+    proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is cancelled before its first step runs nothing of what it is made of: `close` waited for ever."""
+    accepted = proxy.accepted
+
+    def accept_and_cut(link: Link) -> None:
+        accepted(link)
+        proxy.cut()
+
+    monkeypatch.setattr(proxy, "accepted", accept_and_cut)
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    writer.close()
+    async with asyncio.timeout(5):
+        await proxy.close()
+    assert not proxy.links
 
 
 async def test_the_same_mode_is_not_entered_twice(amqp: AmqpProxy) -> None:

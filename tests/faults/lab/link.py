@@ -159,6 +159,7 @@ class Link:
         """Connect to the server; the client is not read until then."""
         self.client.pause(True)
         self._dial = asyncio.create_task(self._connect(port))
+        self._dial.add_done_callback(self._dialled)
 
     def received(self, end: End, data: bytes) -> None:
         """Bytes have come: see which go on."""
@@ -207,7 +208,7 @@ class Link:
     def cut(self, *, server_reads: bool = False) -> None:
         """Reset both connections; or let the server read all that was sent, and then the end."""
         self.deaf = False
-        if self._dial is not None and self._dial is not asyncio.current_task():
+        if self._dial is not None:
             self._dial.cancel()
         self.client.reset()
         if server_reads:
@@ -221,14 +222,17 @@ class Link:
             await asyncio.wait([self._dial])
 
     async def _connect(self, port: int) -> None:
-        try:
-            async with asyncio.timeout(_DIAL_TIMEOUT_S):
-                await asyncio.get_running_loop().create_connection(lambda: self.server, "127.0.0.1", port)
-            self._proxy.seen["connection"] += 1
-        except (OSError, asyncio.CancelledError) as exc:  # no server there, or not in time (TimeoutError is an OSError)
+        async with asyncio.timeout(_DIAL_TIMEOUT_S):
+            await asyncio.get_running_loop().create_connection(lambda: self.server, "127.0.0.1", port)
+        self._proxy.seen["connection"] += 1
+
+    def _dialled(self, dial: asyncio.Task[None]) -> None:
+        """No server there, not in time (TimeoutError is an OSError), or cut meanwhile.
+
+        Not in the task itself: one that is cancelled before its first step runs nothing, and the proxy would wait for it for ever.
+        """
+        if dial.cancelled() or isinstance(dial.exception(), OSError):
             self.server.gone = not self.server.is_connected
             self.cut()
             if self.client.gone:
                 self.lost()
-            if isinstance(exc, asyncio.CancelledError):
-                raise

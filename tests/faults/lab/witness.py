@@ -32,6 +32,8 @@ class Witness:
         while True:
             with suppress(*_GONE):
                 await self._session()
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError  # which the library may have told as an error of a connection that was closing
             await asyncio.sleep(0.3)  # the broker is being restarted
 
     async def _session(self) -> None:

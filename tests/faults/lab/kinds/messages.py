@@ -126,6 +126,12 @@ async def stolen(stage: Stage, dice: random.Random) -> int:
     """Acknowledged by somebody who does nothing with them. Bites: those that had no effect then, and got one all the same."""
     async with connected(stage, "lab robber") as opened:
         taken = await _take(opened, dice.choice((20, 60, 100)))
+
+        async def worth_it() -> bool:
+            return any(message.type == "Booked" for message in taken)
+
+        # The relay may be cut off the broker at this time by another fault: then there is nothing to steal for a while.
+        await stage.until(worth_it, timeout_s=HEALED_S)
         await asyncio.sleep(dice.uniform(0.3, 1))
         loot = [message for message in taken if message.type == "Booked"]
         ids = [message.message_id for message in loot]
