@@ -22,7 +22,7 @@ from pamqp.exceptions import UnmarshalingException
 
 from relay.errors import BrokerError, BrokerUnavailable, UnreadableMessage
 from relay.message import Delivery, NotAnEvent, to_event
-from relay.rabbitmq import session, subscription
+from relay.rabbitmq import fast_consumer, session, subscription
 from relay.rabbitmq.contract import Consumer
 from relay.rabbitmq.fast_consumer import FastConsumer
 from relay.rabbitmq.queues import InboxQueue
@@ -199,6 +199,21 @@ class TestH:
                 to_event(first)
             await consumer.acknowledge(2)
             await broker.last.until(lambda line: line.acknowledged == [(2, True)])
+
+    async def test_on_the_fast_lane_a_body_too_large_for_memory_is_what_cannot_be_read(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Acknowledged it would be lost: so the delivery limit sets it aside, as it does on stock what aiormq cannot read."""
+        monkeypatch.setattr(fast_consumer, "MAX_BODY_BYTES", 1000)
+        async with stub_broker() as broker, consumer_of(broker, FastConsumer) as consumer:
+            broker.last.deliver(1, b"x" * 1000)
+            assert [d.body for d in await received(consumer, 1)] == [b"x" * 1000]
+            broker.last.deliver(2, b"x" * 1001)
+            async with asyncio.timeout(5):
+                with pytest.raises(UnreadableMessage, match="larger than 1000 bytes"):
+                    await consumer.receive(1)
+            with pytest.raises(UnreadableMessage):
+                await consumer.acknowledge(2)
 
     async def test_everything_that_can_be_read_is_handed_out_and_can_be_acknowledged(self, kind: Kind) -> None:
         """Nothing fails in a task where nobody sees it and keeps its place in the prefetch for ever."""

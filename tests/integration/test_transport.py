@@ -266,6 +266,22 @@ async def test_what_a_callback_raises_cuts_the_connection_and_is_told(
     assert "Fatal error" not in caplog.text
 
 
+async def test_nothing_more_is_taken_of_a_stream_that_was_cut() -> None:
+    """With TLS what was read together is given on piece by piece, whatever became of the first."""
+    got: list[Content] = []
+    async with stub_broker() as broker, split_session(broker.settings()) as (transport, _, channel):
+        transport.register(channel.number, Sink(got.append, max_body=100))
+        protocol = transport.writer.transport.get_protocol()
+        assert isinstance(protocol, asyncio.Protocol)
+        protocol.data_received(b"HTTP/1.1 ")
+        method = struct.pack(">HHB", 60, 60, 0) + bytes(9) + b"\0\0"
+        head = struct.pack(">HHQH", 60, 0, 0, 0)
+        for kind, payload in ((1, method), (2, head)):
+            protocol.data_received(struct.pack(">BHI", kind, channel.number, len(payload)) + payload + b"\xce")
+        await transport.lost
+        assert got == []
+
+
 async def test_cutting_the_session_is_told_at_once() -> None:
     async with stub_broker() as broker, split_session(broker.settings()) as (transport, session, _):
         closing = session.closing

@@ -191,6 +191,32 @@ def test_bodies_of_any_size_in_frames_of_any_size_arrive_whole(sizes: list[tuple
     assert told.rest == b""
 
 
+def test_messages_of_two_channels_whose_frames_are_mixed_are_told_apart() -> None:
+    first, second = [
+        [
+            method(commands.Basic.Deliver("c", 1, False, "e", name), channel),
+            *content(name.encode() * 9, piece=20, channel=channel),
+        ]
+        for channel, name in ((OURS, "first"), (OTHER, "second"))
+    ]
+    dice = random.Random(1)
+    for _ in range(50):
+        ours, others = iter(first), iter(second)
+        order = [ours] * len(first) + [others] * len(second)
+        dice.shuffle(order)
+        stream = b"".join(next(which) for which in order)
+        for with_both in (True, False):
+            got, gotten_beside = Told(), Told()
+            splitter = Splitter()
+            splitter.register(OURS, got.sink())
+            if with_both:
+                splitter.register(OTHER, gotten_beside.sink())
+            rest = splitter.feed(stream)
+            assert [octets for _, _, octets in got.deliveries] == [b"first" * 9]
+            assert [octets for _, _, octets in gotten_beside.deliveries] == [b"second" * 9] * with_both
+            assert rest == b"".join(second * (not with_both))
+
+
 def test_without_a_sink_everything_is_somebody_else_s() -> None:
     splitter = Splitter()
     assert splitter.feed(STREAM) == STREAM
@@ -281,6 +307,8 @@ BROKEN = {
     "a body without a header": BEGUN + BODY,
     "two headers": BEGUN + HEAD + HEAD,
     "a body that is too long": BEGUN + HEAD + content(b"123456")[1],
+    "a body in a frame longer than anybody sends": BEGUN
+    + b"".join(content(b"1" * (frames.MAX_FRAME_BYTES + 1), piece=frames.MAX_FRAME_BYTES + 1)),
     "a message in a message": BEGUN + HEAD + BEGUN,
     "a method in a message": BEGUN + method(commands.Basic.QosOk()),
     "a get-ok in a message": BEGUN + GOT,
@@ -297,7 +325,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_stream_that_cannot_be_followed_is_refused(name: str) -> None:
     stream = delivery(4, b"good") + BROKEN[name] + BEAT
-    for cuts in ([], [len(stream) - 9], range(1, len(stream))):
+    for cuts in ([], [len(stream) - 9], range(1, min(len(stream), 300))):
         with pytest.raises(FrameError):
             split(stream, cuts)
 

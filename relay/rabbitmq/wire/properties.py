@@ -157,7 +157,7 @@ def _headers(block: bytes, at: int, end: int) -> dict[str, Any]:
             headers[name] = _i64(block, kind_at + 1)[0]
             at = kind_at + 9
         else:
-            headers[name], at = _value(block, kind, kind_at + 1, end)
+            headers[name], at = _value(block, kind, kind_at + 1)
     if at != end:
         raise Malformed("a header leads out of the table")
     if count != len(headers):
@@ -179,7 +179,7 @@ def _refuse_ours_twice(block: bytes, at: int, end: int) -> None:
         if name in OWN_HEADERS and name in seen:
             raise Malformed(f"the header {name} is there twice")
         seen.add(name)
-        _, at = _value(block, block[kind_at], kind_at + 1, end)
+        _, at = _value(block, block[kind_at], kind_at + 1)
 
 
 def _text(raw: bytes) -> str | bytes:
@@ -218,8 +218,8 @@ _FIXED: dict[int, tuple[int, Callable[[bytes, int], tuple[Any, ...]]]] = {
 """Numbers, by RabbitMQ's letters (https://www.rabbitmq.com/docs/amqp-0-9-1-errata), not by those of AMQP's own text."""
 
 
-def _value(block: bytes, kind: int, at: int, end: int) -> tuple[Any, int]:
-    """(the value that begins at `at`, where the next begins). The table that it is in ends at `end`."""
+def _value(block: bytes, kind: int, at: int) -> tuple[Any, int]:
+    """(the value that begins at `at`, where the next begins): beyond the end of what it is in, if its length says so."""
     if (fixed := _FIXED.get(kind)) is not None:
         size, unpack = fixed
         return unpack(block, at)[0], at + size
@@ -235,8 +235,6 @@ def _value(block: bytes, kind: int, at: int, end: int) -> tuple[Any, int]:
         return Decimal(_u32(block, at + 1)[0]).scaleb(-block[at]), at + 5
     if kind in (_FIELDS, _ARRAY):
         start, at = at + 4, at + 4 + _u32(block, at)[0]
-        if at > end:
-            raise Malformed("a table or array leads out of the one that it is in")
         return _nested(block, kind, start, at), at
     raise Malformed(f"a value of the unknown type 0x{kind:02x}")
 
@@ -255,7 +253,9 @@ def _container(block: bytes, kind: int, at: int, end: int) -> Any:
     stack = [(outermost, end)]
     while stack:
         inside, stop = stack[-1]
-        if at == stop:
+        if at >= stop:
+            if at > stop:
+                raise Malformed("a value leads out of its table or array")
             stack.pop()
             continue
         name = ""
@@ -264,19 +264,16 @@ def _container(block: bytes, kind: int, at: int, end: int) -> Any:
             name = _name(block[start:at])
         kind, at = block[at], at + 1
         value: Any
-        if kind in (_FIELDS, _ARRAY) and len(stack) < _DEEPEST:
-            start, at = at + 4, at + 4
-            inner_end = start + _u32(block, start - 4)[0]
-            value = {} if kind == _FIELDS else []
-            stack.append((value, inner_end))
-        elif kind in (_FIELDS, _ARRAY):
-            start, at = at + 4, at + 4 + _u32(block, at)[0]
-            inner_end, value = at, block[start:at]
+        if kind not in (_FIELDS, _ARRAY):
+            value, at = _value(block, kind, at)
         else:
-            value, at = _value(block, kind, at, stop)
-            inner_end = at
-        if inner_end > stop:
-            raise Malformed("a value leads out of its table or array")
+            start, at = at + 4, at + 4
+            end = start + _u32(block, start - 4)[0]
+            if len(stack) < _DEEPEST:
+                value = {} if kind == _FIELDS else []
+                stack.append((value, end))
+            else:
+                value, at = block[start:end], end
         if isinstance(inside, dict):
             inside[name] = value
         else:
