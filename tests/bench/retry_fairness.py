@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import time
 from dataclasses import dataclass
 
-from relay.bench.workload import Servers
+from relay.bench.servers import Servers, Vhosts
 from relay.daemon import Outbox
 from relay.outbox.progress import Progress
 from relay.postgres.connect import Connection, connection
@@ -116,7 +115,7 @@ async def _none_parked(db: Connection) -> bool:
 
 async def _main(arguments: argparse.Namespace) -> None:
     with find_postgres() as postgres, find_rabbitmq() as rabbitmq:
-        async with Servers(postgres, rabbitmq).fresh(f"relay_bench_fairness_{os.getpid()}") as settings:
+        async with Servers(postgres, Vhosts(rabbitmq)).fresh() as settings:
             await measure(settings, **vars(arguments))
 
 

@@ -1,0 +1,1 @@
+"""What a child process does, by name; see relay.bench.children."""
