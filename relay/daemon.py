@@ -27,7 +27,7 @@ from relay.postgres.errors import postgres_errors
 from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
 from relay.rabbitmq.contract import Publisher
-from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.rabbitmq.lanes import open_publisher
 from relay.services import Service, beside
 from relay.settings import Settings
 from relay.supervisor import WRONG_AT_START, supervise, until_stopped
@@ -193,7 +193,7 @@ class Outbox:
 
     @asynccontextmanager
     async def _publisher(self, shard: int) -> AsyncIterator[Publisher]:
-        publisher = await StockPublisher.open(
+        publisher = await open_publisher(
             self.settings.rabbitmq,
             confirm_timeout_s=self.settings.outbox.confirm_timeout_s,
             name=f"relay {self.settings.source} shard {shard} {socket.gethostname()}:{os.getpid()}",

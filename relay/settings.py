@@ -104,6 +104,10 @@ class RabbitmqSettings(_Section):
         le=600,
         description="AMQP heartbeat in seconds; a dead connection is noticed after about three of them.",
     )
+    client: Literal["fast", "stock"] = Field(
+        "fast",
+        description="fast: messages are encoded and read in bulk by relay itself, on aiormq's connection. stock: every message through aio-pika, several times slower; the same guarantees.",
+    )
 
     @field_validator("url")
     @classmethod
@@ -220,6 +224,12 @@ class InboxSettings(_Section):
     )
     batch: int = Field(500, ge=1, le=20000, description="Most messages applied in one transaction.")
     prefetch: int = Field(1000, ge=1, le=65535, description="Most unacknowledged messages at this consumer.")
+    appliers: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="Connections that apply a batch at the same time, each its own aggregates: for handlers that wait for their statements one by one.",
+    )
     handler_timeout_s: float = Field(30, gt=0, le=86400, description="A handler that takes longer has failed.")
     retry_first_s: float = Field(
         1, gt=0, le=3600, description="Delay before a failed message is tried again; doubles with each attempt."

@@ -28,8 +28,8 @@ from relay.inbox.stats import Stats
 from relay.inbox.work import Rules
 from relay.postgres.errors import postgres_errors
 from relay.rabbitmq.contract import Consumer
+from relay.rabbitmq.lanes import open_consumer
 from relay.rabbitmq.queues import InboxQueue
-from relay.rabbitmq.stock_consumer import StockConsumer
 from relay.services import beside
 from relay.settings import Settings
 from relay.supervisor import WRONG_AT_START, supervise, until_stopped
@@ -169,7 +169,7 @@ class _Daemon:
 
     @asynccontextmanager
     async def _consumer(self, prefetch: int) -> AsyncIterator[Consumer]:
-        consumer: Consumer = await StockConsumer.open(
+        consumer = await open_consumer(
             self._settings.rabbitmq,
             self._queue,
             prefetch=prefetch,

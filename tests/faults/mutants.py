@@ -29,7 +29,7 @@ from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
 from relay.postgres.connect import connection
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Returned, Unknown
-from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.rabbitmq.fast_publisher import FastPublisher
 from relay.sandbox import RabbitMQ
 from tests.faults.lab.scene import Scene
 from tests.harness.outbox import connected, shard_of, until, wait_until
@@ -159,7 +159,8 @@ async def swapped_in_the_queue(scene: Scene, _: RabbitMQ) -> None:
 async def a_zombie_owner(scene: Scene, _: RabbitMQ) -> None:
     """The owner waits for confirms while its lock is taken away; another relay takes over; then the confirms come."""
     await scene.declare("account.#")
-    async with scene.consumer(), scene.relay() as zombie:
+    settings = scene.relay_settings(outbox__order="strict")  # while it waits for confirms it does nothing else
+    async with scene.consumer(), scene.relay(settings) as zombie:
         sleeps = await _asleep(zombie)
         await scene.book("account/a1")  # its session has written a checkpoint
         await _asleep(zombie, oftener_than=sleeps)
@@ -263,12 +264,12 @@ def take_it_for_confirmed(*kinds: type[Outcome]) -> Patch:
     """Whatever the broker answered (or did not) of these kinds."""
 
     def patch(patching: pytest.MonkeyPatch) -> None:
-        publish = StockPublisher.publish
+        publish = FastPublisher.publish
 
-        async def hopeful(self: StockPublisher, messages: Sequence[Any]) -> list[Outcome]:
+        async def hopeful(self: FastPublisher, messages: Sequence[Any]) -> list[Outcome]:
             return [Confirmed() if isinstance(outcome, kinds) else outcome for outcome in await publish(self, messages)]
 
-        patching.setattr(StockPublisher, "publish", hopeful)
+        patching.setattr(FastPublisher, "publish", hopeful)
 
     return patch
 

@@ -13,7 +13,7 @@ import pytest
 from relay.message import TOMBSTONE
 from relay.operate.outbox_acts import Skip
 from relay.operate.selection import Selection
-from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.rabbitmq.fast_publisher import FastPublisher
 from relay.sandbox import RabbitMQ
 from tests.harness.acts import act_on
 from tests.harness.audit import Audit, audit
@@ -37,13 +37,13 @@ def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sessions with RabbitMQ that are opened: the shard's, and one for each row that is tried alone."""
     names: list[str] = []
-    real = StockPublisher.open
+    real = FastPublisher.open
 
-    async def open_it(*args: Any, **kwargs: Any) -> StockPublisher:
+    async def open_it(*args: Any, **kwargs: Any) -> FastPublisher:
         names.append(kwargs["name"])
         return await real(*args, **kwargs)
 
-    monkeypatch.setattr(StockPublisher, "open", open_it)
+    monkeypatch.setattr(FastPublisher, "open", open_it)
     return names
 
 

@@ -12,7 +12,7 @@ from aio_pika.abc import AbstractIncomingMessage
 
 from relay.message import TOMBSTONE, Message
 from relay.rabbitmq.contract import Outcome
-from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.rabbitmq.fast_publisher import FastPublisher
 from tests.harness.audit import Audit, audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, shard_of, until, wait_until
 
@@ -175,11 +175,11 @@ async def test_the_tombstone_of_a_published_row_does_not_disturb_a_line_that_is_
 async def test_a_row_that_may_close_the_channel_is_sent_alone_also_behind_a_tombstone(
     database: str, broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = StockPublisher.publish
+    publish = FastPublisher.publish
     sent: list[list[tuple[Any, str]]] = []  # by connection
-    by_publisher: dict[StockPublisher, list[tuple[Any, str]]] = {}
+    by_publisher: dict[FastPublisher, list[tuple[Any, str]]] = {}
 
-    async def noted(publisher: StockPublisher, messages: Sequence[Message]) -> list[Outcome]:
+    async def noted(publisher: FastPublisher, messages: Sequence[Message]) -> list[Outcome]:
         if publisher not in by_publisher:
             sent.append(by_publisher.setdefault(publisher, []))
         by_publisher[publisher] += [(m.headers["x-sequence"], m.event_type) for m in messages]
@@ -198,7 +198,7 @@ async def test_a_row_that_may_close_the_channel_is_sent_alone_also_behind_a_tomb
                 "UPDATE relay.outbox_parked SET reason = 'refused', state = 'retrying', next_attempt_at = now() WHERE state = 'stuck'"
             )
             await park_published(db, 1)
-        monkeypatch.setattr(StockPublisher, "publish", noted)
+        monkeypatch.setattr(FastPublisher, "publish", noted)
         async with outbox_running(settings):
             await witness.wait_for(4)
             await until(lambda: _left(db, 0))
@@ -216,10 +216,10 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.go = asyncio.Event(), asyncio.Event()
         self.armed = False
-        publish = StockPublisher.publish
+        publish = FastPublisher.publish
         gate = self
 
-        async def held(publisher: StockPublisher, messages: Sequence[Message]) -> list[Outcome]:
+        async def held(publisher: FastPublisher, messages: Sequence[Message]) -> list[Outcome]:
             if not gate.armed:
                 return await publish(publisher, messages)
             gate.armed = False
@@ -228,7 +228,7 @@ class Gate:
             await gate.go.wait()
             return outcomes
 
-        monkeypatch.setattr(StockPublisher, "publish", held)
+        monkeypatch.setattr(FastPublisher, "publish", held)
 
 
 @pytest.mark.parametrize("marked", [(1,), (1, 2, 3)])

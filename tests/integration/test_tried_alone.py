@@ -13,7 +13,7 @@ from relay.operate.outbox_pauses import Pause
 from relay.operate.selection import Selection
 from relay.postgres.queries import query
 from relay.rabbitmq.contract import Outcome, Unknown
-from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.rabbitmq.fast_publisher import FastPublisher
 from tests.harness.acts import act_on
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, shard_of, wait_until
@@ -33,16 +33,16 @@ class Queue:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hangs = asyncio.Event()
         self.is_late = asyncio.Event()
-        real = StockPublisher.publish
+        real = FastPublisher.publish
 
-        async def publish(publisher: StockPublisher, messages: Sequence[Message]) -> list[Outcome]:
+        async def publish(publisher: FastPublisher, messages: Sequence[Message]) -> list[Outcome]:
             if len(messages) == 1 and messages[0].event_type == "Hung" and not self.is_late.is_set():
                 self.hangs.set()
                 await self.is_late.wait()
                 return [Unknown("not confirmed", timed_out=True)]
             return await real(publisher, messages)
 
-        monkeypatch.setattr(StockPublisher, "publish", publish)
+        monkeypatch.setattr(FastPublisher, "publish", publish)
 
 
 async def test_what_is_skipped_or_paused_while_it_waits_for_its_turn_is_not_delivered(
