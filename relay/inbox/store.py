@@ -151,14 +151,14 @@ class Store:
     async def _lock(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that exist."""
         rows = await self._connection.fetch(
-            query("lock_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
+            query("lock_cursors"), self._consumer, *columns(keys), timeout=self._lock_timeout_s
         )
         return {keys[place - 1]: Cursor(last_seq, digest, blocked, False) for place, last_seq, digest, blocked in rows}
 
     async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
         rows = await self._connection.fetch(
-            query("create_cursors"), self._consumer, *_columns(keys), timeout=self._lock_timeout_s
+            query("create_cursors"), self._consumer, *columns(keys), timeout=self._lock_timeout_s
         )
         return dict.fromkeys(
             ((source, aggregate_type, aggregate_id) for source, aggregate_type, aggregate_id in rows), _NEW
@@ -167,7 +167,7 @@ class Store:
     async def _mark_held(self, cursors: dict[Key, Cursor]) -> None:
         """Find out of which of these lines anything is held, now that nobody else can add to them."""
         keys = list(cursors)
-        row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *_columns(keys))
+        row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *columns(keys))
         if row is None:
             raise AssertionError("lines_with_held gives one row")
         self.locked_in = row["transaction_id"]
@@ -214,10 +214,10 @@ class Store:
             self.written_in = await self._connection.fetchval(
                 query("write_cursors"),
                 self._consumer,
-                *_columns(keys),
+                *columns(keys),
                 [c.last_seq for c in values],
                 [c.last_digest for c in values],
-                [c.blocked for c in values],
+                [place for place, c in enumerate(values, start=1) if c.blocked],
             )
 
     async def delete_held_through(
@@ -463,9 +463,16 @@ def _name(event: Event) -> tuple[object, ...]:
     return (event.source, event.aggregate_type, event.aggregate_id, event.seq, event.message_id)
 
 
-def _columns(keys: Sequence[Key]) -> tuple[list[str], list[str], list[str]]:
-    """Sources, aggregate types, aggregate ids: as statements take keys."""
-    return [key[0] for key in keys], [key[1] for key in keys], [key[2] for key in keys]
+def columns(keys: Sequence[Key]) -> tuple[list[str], list[str], list[str], list[int]]:
+    """Keys as statements take them: sources and aggregate types of the pairs that occur, ids, and which pair is whose."""
+    pairs: dict[tuple[str, str], int] = {}
+    numbers = [pairs.setdefault(key[:2], len(pairs) + 1) for key in keys]
+    return (
+        [pair[0] for pair in pairs],
+        [pair[1] for pair in pairs],
+        [key[2] for key in keys],
+        numbers if len(pairs) > 1 else [],
+    )
 
 
 def _grouped(keys: Iterable[Key]) -> dict[tuple[str, str], list[str]]:

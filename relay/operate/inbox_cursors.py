@@ -7,6 +7,7 @@ from typing import Any
 import asyncpg
 
 from relay.errors import ConfigError, NothingSelected
+from relay.inbox.store import columns
 from relay.message import TOMBSTONE
 from relay.operate.act import SAMPLE, Done, Plan, aggregates_of, counted, nothing, place_filters
 from relay.operate.audit import Operator
@@ -79,7 +80,7 @@ class SkipThrough(InboxAct):
 
     async def _lock(self, connection: Connection, consumer: str | None, source: str) -> None:
         """As the daemon does: an aggregate of which nothing has come yet has no cursor."""
-        key = ([source], [self._type], [self._id])
+        key = columns([(source, self._type, self._id)])
         if not await connection.fetch(query("lock_cursors"), consumer, *key):
             await connection.execute(query("create_cursors"), consumer, *key)
             await connection.execute(query("lock_cursors"), consumer, *key)

@@ -1,5 +1,7 @@
 -- Everything the inbox asks of PostgreSQL, in the order a batch meets it.
 -- Each block is named; $n are listed with their types, since asyncpg binds by position.
+-- Aggregates are given as ids, and the pairs of source and aggregate type that occur, once each: which pair is an id's, unless there is one
+-- pair only. Almost always there is, and every element of an array costs the client as much as the server's look into the index.
 
 -- name: probe_inbox
 -- Fails if this role may not write, or the server only reads: found out before any message is taken. Rolled back by the caller.
@@ -27,36 +29,38 @@ SELECT pg_current_xact_id()::text
 -- name: lock_cursors
 -- The cursors of a batch, locked in one order by everybody: as given. Every decision about an aggregate is made under this lock.
 -- Each is looked for by its key: a subquery that locks is never joined in another way.
--- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), sorted by bytes in this order
+-- $1 consumer, pairs: $2 sources (text[]), $3 aggregate types (text[]); $4 aggregate ids (text[]), $5 their pairs (integer[], from 1;
+-- empty: all are of the first), sorted by source, type, id as bytes
 SELECT k.place, c.last_seq, c.last_digest, c.blocked
-FROM unnest($2::text[], $3::text[], $4::text[]) WITH ORDINALITY AS k (source, aggregate_type, aggregate_id, place)
+FROM unnest($4::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
 CROSS JOIN LATERAL (
   SELECT a.last_seq, a.last_digest, a.blocked FROM relay.inbox_aggregate a
-  WHERE a.aggregate_id = k.aggregate_id AND a.aggregate_type = k.aggregate_type AND a.source = k.source AND a.consumer = $1
+  WHERE a.aggregate_id = k.aggregate_id AND a.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
+    AND a.source = ($2::text[])[coalesce(k.pair, 1)] AND a.consumer = $1
   FOR UPDATE
 ) AS c
 
 -- name: create_cursors
 -- Cursors of aggregates never seen before: two consumers must not apply number 1 both, nor one hold number 2 unseen while
 -- the other applies number 1. Returns those that are ours now; waits for a consumer that is creating the same one.
--- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), sorted by bytes in this order
+-- $1 to $5 as in lock_cursors, in the same order
 INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq)
-SELECT $1, k.source, k.aggregate_type, k.aggregate_id, 0
-FROM unnest($2::text[], $3::text[], $4::text[]) AS k (source, aggregate_type, aggregate_id)
+SELECT $1, ($2::text[])[coalesce(k.pair, 1)], ($3::text[])[coalesce(k.pair, 1)], k.aggregate_id, 0
+FROM unnest($4::text[], $5::integer[]) AS k (aggregate_id, pair)
 ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO NOTHING
 RETURNING source, aggregate_type, aggregate_id
 
 -- name: lines_with_held
 -- Which of these aggregates have anything in the table of held messages (their places in the arrays), and the transaction we are in.
 -- To be asked once their cursors are locked: then nobody adds anything. Most have nothing, and need not be asked about it again.
--- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[])
+-- $1 to $5 as in lock_cursors
 SELECT pg_current_xact_id()::text AS transaction_id, ARRAY(
   SELECT k.place
-  FROM unnest($2::text[], $3::text[], $4::text[]) WITH ORDINALITY AS k (source, aggregate_type, aggregate_id, place)
+  FROM unnest($4::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
   CROSS JOIN LATERAL (
     SELECT FROM relay.inbox_held h
-    WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = k.aggregate_type AND h.source = k.source AND h.consumer = $1
-      AND h.seq IS NOT NULL
+    WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
+      AND h.source = ($2::text[])[coalesce(k.pair, 1)] AND h.consumer = $1 AND h.seq IS NOT NULL
     LIMIT 1
   ) AS any_held
 ) AS places
@@ -170,11 +174,13 @@ FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 
 -- name: write_cursors
 -- An upsert, though every row exists and is locked: there is no join for the planner to turn round. Returns the transaction we are in.
--- $1 consumer, $2 sources (text[]), $3 aggregate types (text[]), $4 aggregate ids (text[]), $5 last seqs (bigint[]),
--- $6 last digests (bytea[]), $7 blocked (boolean[])
+-- $1 to $5 as in lock_cursors, $6 last seqs (bigint[]), $7 last digests (bytea[]), $8 the places of those that are blocked (bigint[])
 WITH written AS (
   INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
-  SELECT $1, c.* FROM unnest($2::text[], $3::text[], $4::text[], $5::bigint[], $6::bytea[], $7::boolean[]) AS c
+  SELECT $1, ($2::text[])[coalesce(c.pair, 1)], ($3::text[])[coalesce(c.pair, 1)], c.aggregate_id, c.last_seq, c.last_digest,
+         c.place = ANY ($8::bigint[])
+  FROM unnest($4::text[], $5::integer[], $6::bigint[], $7::bytea[]) WITH ORDINALITY
+    AS c (aggregate_id, pair, last_seq, last_digest, place)
   ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
   DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
 )

@@ -139,10 +139,10 @@ class InboxDatabase(Server):
 
     # --- cursors
 
-    async def _lock_cursors(self, session: Session, _consumer: str, *columns: list[str]) -> list[tuple[Any, ...]]:
+    async def _lock_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> list[tuple[Any, ...]]:
         """What exists when the statement begins, each as it is once its lock is ours."""
         found = []
-        for place, key in enumerate(zip(*columns, strict=True), start=1):
+        for place, key in enumerate(_keys(*columns), start=1):
             if key not in self.read(session, "cursors"):
                 continue
             if self.locks_cursors:
@@ -151,9 +151,9 @@ class InboxDatabase(Server):
             found.append((place, row.last_seq, row.last_digest, row.blocked))
         return found
 
-    async def _create_cursors(self, session: Session, _consumer: str, *columns: list[str]) -> list[tuple[str, ...]]:
+    async def _create_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> list[Key]:
         created = []
-        for key in zip(*columns, strict=True):
+        for key in _keys(*columns):
             if self.locks_cursors:
                 await self.lock(session, key)
             if key not in self.read(session, "cursors"):
@@ -161,14 +161,16 @@ class InboxDatabase(Server):
                 created.append(key)
         return created
 
-    def _lines_with_held(self, session: Session, _consumer: str, *columns: list[str]) -> list[dict[str, Any]]:
+    def _lines_with_held(self, session: Session, _consumer: str, *columns: list[Any]) -> list[dict[str, Any]]:
         held = {row.key for row in self.held(session).values() if row.seq is not None}
-        places = [place for place, key in enumerate(zip(*columns, strict=True), start=1) if key in held]
+        places = [place for place, key in enumerate(_keys(*columns), start=1) if key in held]
         return [{"transaction_id": self._transaction_id(session), "places": places}]
 
     def _write_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> str:
-        for source, kind, name, last_seq, digest, blocked in zip(*columns, strict=True):
-            self.write(session, "cursors", (source, kind, name), CursorRow(last_seq, digest, blocked))
+        last_seqs, digests, blocked = columns[4:]
+        rows = zip(_keys(*columns[:4]), last_seqs, digests, strict=True)
+        for place, (key, last_seq, digest) in enumerate(rows, start=1):
+            self.write(session, "cursors", key, CursorRow(last_seq, digest, place in blocked))
         return self._transaction_id(session)
 
     async def _insert_seen(
@@ -363,6 +365,11 @@ class InboxDatabase(Server):
     def _insert_quarantine(self, session: Session, _consumer: str, *columns: list[Any]) -> None:
         for reason, message_id in zip(columns[0], columns[2], strict=True):
             self.write(session, "quarantine", self._id(), (reason, message_id))
+
+
+def _keys(sources: list[str], kinds: list[str], names: list[str], pairs: list[int]) -> list[Key]:
+    """As the statements take keys."""
+    return [(sources[p - 1], kinds[p - 1], name) for name, p in zip(names, pairs or [1] * len(names), strict=True)]
 
 
 _NAME = ("source", "aggregate_type", "aggregate_id", "seq", "message_id")
