@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
+from relay.errors import PostgresUnavailable
 from relay.inbox import Event, Inbox
 from relay.inbox.apply import Applier
 from relay.postgres.connect import Connection
@@ -307,17 +308,20 @@ async def test_a_held_successor_that_breaks_every_connection_is_found_too(databa
         assert await w.db.fetchval("SELECT count(*) FROM effect") == 199
 
 
-async def test_a_connection_that_is_cut_by_chance_costs_nobody_anything(database: str, broker: str) -> None:
-    killed: list[int] = []
-
+async def test_a_connection_that_is_cut_by_chance_costs_nobody_more_than_one_batch_in_parts(database: str) -> None:
     async def once(tx: Connection) -> None:
-        if not killed:
-            killed.append(1)
+        if together.failed == 1:
             await tx.execute(KILL)
 
     together = Together("77/1", once)
-    async with world(database, broker, batch=200, prefetch=400) as w, w.running(together.inbox):
-        await w.publish([Sent(seq=1, aggregate=str(i)) for i in range(100)])
-        await w.until(lambda s: s.applied >= 100)
-        assert w.total.failed == 0
-        assert await w.db.fetchval("SELECT count(*) FROM effect") == 100
+    async with bench(database, together.inbox) as b:
+        arrivals = [b.arrival(1, str(i)) for i in range(100)]
+        with pytest.raises(PostgresUnavailable):
+            await b.apply(*arrivals)
+        await b.apply(*arrivals)
+        assert together.sizes == [100, *[4] * 25]
+        assert len(await b.effects()) == 100
+        assert await b.held() == []
+        await b.apply(*(b.arrival(2, str(i)) for i in range(100)))
+        assert together.sizes[26:] == [100]
+        assert not b.applier._suspects
