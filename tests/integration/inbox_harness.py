@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import aiormq
 import asyncpg
@@ -195,7 +195,9 @@ def recording(name: str = "shop") -> Inbox:
 
 
 @asynccontextmanager
-async def world(database: str, broker: str, **inbox: Any) -> AsyncIterator[World]:
+async def world(
+    database: str, broker: str, *, client: Literal["fast", "stock"] = "fast", **inbox: Any
+) -> AsyncIterator[World]:
     connection = await asyncpg.connect(database)
     await connection.execute(
         "CREATE TABLE effect (id bigint GENERATED ALWAYS AS IDENTITY, aggregate text, seq bigint, event_type text);"
@@ -203,7 +205,7 @@ async def world(database: str, broker: str, **inbox: Any) -> AsyncIterator[World
     values: dict[str, Any] = {"retry_first_s": 0.05, "retry_max_s": 0.1, "batch": 50, "prefetch": 100} | inbox
     settings = Settings(
         postgres=PostgresSettings(dsn=SecretStr(database)),
-        rabbitmq=RabbitmqSettings(url=SecretStr(broker)),
+        rabbitmq=RabbitmqSettings(url=SecretStr(broker), client=client),
         inbox=InboxSettings(**values),
         daemon=DaemonSettings(backoff_first_s=0.05, backoff_max_s=0.2),
     )

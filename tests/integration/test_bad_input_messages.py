@@ -1,7 +1,7 @@
 """Messages that no relay would send: handled or put into quarantine, acknowledged, and the next good event flows.
 
-What the client library cannot even read (`CANNOT_BE_READ`) ends the connection that it is delivered on. The broker sets such a
-message aside at the delivery limit, and nothing else with it.
+What aiormq cannot even read (`CANNOT_BE_READ`) goes into quarantine as well on the fast lane. On stock it ends the connection
+that it is delivered on: there the broker sets such a message aside at the delivery limit, and nothing else with it.
 """
 
 from __future__ import annotations
@@ -501,13 +501,37 @@ async def test_hand_made_messages_that_can_be_read_are_quarantined(database: str
     assert await depth(w, "shop.dead") == 0
 
 
-@pytest.mark.parametrize("name", CANNOT_BE_READ)
+async def test_on_the_fast_lane_what_aiormq_cannot_read_is_quarantined_and_the_session_goes_on(
+    database: str, broker: str
+) -> None:
+    async with world(database, broker) as w:
+        with capture_logs() as log:
+            async with w.running(recording()), RawPublisher.connect(broker) as raw:
+                for seq, (flags, values, key) in enumerate(CANNOT_BE_READ.values(), 1):
+                    await raw.publish(flags, values, routing_key=key)
+                    await w.publish([Sent(seq=seq)])
+                await w.until(lambda s: s.quarantined == len(CANNOT_BE_READ) and s.applied == len(CANNOT_BE_READ))
+        assert [line["event"] for line in log].count("inbox_started") == 1
+        malformed = [name in ("message id not UTF-8", "type not UTF-8") for name in CANNOT_BE_READ]
+        assert await w.quarantine() == ["malformed" if yes else "foreign" for yes in malformed]
+        rows = await w.db.fetch("SELECT routing_key, properties, body FROM relay.inbox_quarantine ORDER BY id")
+        kept = {name: json.loads(row["properties"]) for name, row in zip(CANNOT_BE_READ, rows, strict=True)}
+        assert {row["body"] for row in rows} == {b"x"}
+        assert rows[-1]["routing_key"] == "order.\\xff\\xfe"
+        assert kept["timestamp 10^16"]["timestamp"] == 10**16
+        assert kept["header time 2^64-1"]["headers"] == {"t": 2**64 - 1}
+        assert set(kept["message id not UTF-8"]["unread"]) == {"base64"}
+    assert await w.queue_is_empty()
+    assert await depth(w, "shop.dead") == 0
+
+
+@pytest.mark.parametrize("name", ["header name not UTF-8", "tables nested 1500", "routing key not UTF-8"])
 async def test_a_message_that_cannot_be_read_goes_to_the_dead_letters_alone(
     database: str, broker: str, name: str
 ) -> None:
     """Without care everything in the consumer's window would go with it: each death counts as a delivery of all of them."""
     flags, values, key = CANNOT_BE_READ[name]
-    async with world(database, broker, delivery_limit=3, prefetch=50) as w:
+    async with world(database, broker, client="stock", delivery_limit=3, prefetch=50) as w:
         async with w.running(recording()):
             pass  # the queue is there
         await w.publish(stream("a", 30))
@@ -536,7 +560,7 @@ async def one_is_set_aside(w: World) -> None:
 
 async def test_many_messages_that_cannot_be_read_go_to_the_dead_letters_alone(database: str, broker: str) -> None:
     """With two consumers, so that each dies of what the other gave back."""
-    async with world(database, broker, delivery_limit=6, prefetch=50) as w:
+    async with world(database, broker, client="stock", delivery_limit=6, prefetch=50) as w:
         async with w.running(recording()):
             pass
         async with RawPublisher.connect(broker) as raw:
