@@ -52,7 +52,9 @@ def drawing(windows: Sequence[Window], bursts: Sequence[Burst], *, sides: Sequen
     step = CHART + FOOT + _GAP
     placed = [
         picture.replace(
-            "<svg ", f'<svg x="{_MARGIN}" y="{_TOP + step * n}" width="{WIDTH}" height="{CHART + FOOT}" ', 1
+            "<svg ",
+            f'<svg overflow="visible" x="{_MARGIN}" y="{_TOP + step * n}" width="{WIDTH}" height="{CHART + FOOT}" ',
+            1,
         )
         for n, picture in enumerate(charts)
     ]

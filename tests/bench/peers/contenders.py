@@ -6,6 +6,7 @@ messages, the same queues, the same PostgreSQL with fsync. Versions are pinned, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,11 +21,12 @@ class Packages:
 
     program: Program
     pins: tuple[str, ...]
+    python: tuple[int, int] = (3, 11)  # the lowest version that the packages take
 
     @property
     def key(self) -> str:
-        """Drivers with the same pins share an installation."""
-        return f"{self.program}-" + "-".join(sorted(pin.partition("=")[0].strip("@") for pin in self.pins))
+        """A name for its folder; drivers with the same pins share an installation."""
+        return re.sub(r"[^a-z0-9.]+", "-", "-".join((self.program, *self.pins)).lower())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +53,10 @@ class Contender:
 
 
 FASTSTREAM = Packages(
-    program="python", pins=("faststream-outbox[asyncpg]==0.19.0", "faststream[rabbit]>=0.6,<0.8", "asyncpg==0.31.0")
+    program="python", pins=("faststream-outbox[asyncpg]==0.19.0", "faststream[rabbit]==0.7.8", "asyncpg==0.31.0")
 )
 TXOUTBOX = Packages(program="python", pins=("txoutbox[postgres]==0.2.2", "aio-pika==10.2.1"))
-PACTIX = Packages(program="python", pins=("pactix==0.2.0", "aio-pika==10.2.1"))
+PACTIX = Packages(program="python", pins=("pactix==0.2.0", "asyncpg==0.31.0", "aio-pika==10.2.1"), python=(3, 12))
 NODE = Packages(program="node", pins=("pg-transactional-outbox@0.5.7", "amqplib@0.10.9"))
 
 OUR_FILL = """

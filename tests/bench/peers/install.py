@@ -44,7 +44,7 @@ def install(packages: Packages, parent: Path) -> Installed:
     if packages.program == "python":
         found = Installed(folder, folder / "bin" / "python")
         steps = [
-            [sys.executable, "-m", "venv", str(folder)],
+            [_python(packages.python), "-m", "venv", str(folder)],
             [str(found.interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages.pins],
         ]
     else:
@@ -60,6 +60,21 @@ def install(packages: Packages, parent: Path) -> Installed:
             _run(step)
         (folder / _DONE).touch()
     return found
+
+
+def _python(least: tuple[int, int]) -> str:
+    """An interpreter that is new enough: our own if it is, else one of the PATH or of pyenv. Raises NotInstalled."""
+    if sys.version_info >= least:
+        return sys.executable
+    names = [f"python3.{minor}" for minor in range(least[1], least[1] + 3)]
+    candidates = [shutil.which(name) for name in names]
+    candidates += sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python3.[0-9]*"))
+    for candidate in candidates:  # run, not only looked up: pyenv leaves shims on the PATH that fail when called
+        if candidate is not None and Path(candidate).name in names:
+            asked = subprocess.run([candidate, "-c", "import venv, ssl"], capture_output=True, check=False)
+            if asked.returncode == 0:
+                return candidate
+    raise NotInstalled(f"needs Python {least[0]}.{least[1]} or newer, and there is only {sys.version.split()[0]}")
 
 
 def _run(command: list[str]) -> None:
