@@ -1,6 +1,6 @@
 """The two seams between relay and the AMQP client: a batch in, an outcome for every message out; deliveries in bulk.
 
-Whatever implements them (stock aio-pika today, a faster lane later) is run by the same contract suite,
+Whatever implements them (the fast lane; stock aio-pika, which it can be switched back to) is run by the same contract suite,
 tests/integration/test_publisher_contract.py and test_consumer_contract.py.
 """
 

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -144,7 +143,7 @@ def _headers(block: bytes, at: int, end: int) -> dict[str, Any]:
     while at < end:
         count += 1
         kind_at = at + 1 + block[at]
-        name = _name(block[at + 1 : kind_at])
+        name = block[at + 1 : kind_at].decode("utf-8", "backslashreplace")
         kind = block[kind_at]
         if kind == _STRING:
             at = kind_at + 5 + _u32(block, kind_at + 1)[0]
@@ -165,9 +164,7 @@ def _headers(block: bytes, at: int, end: int) -> dict[str, Any]:
     return headers
 
 
-@lru_cache(maxsize=1024)
 def _name(raw: bytes) -> str:
-    """The names are few and the same in all messages."""
     return raw.decode("utf-8", "backslashreplace")
 
 
