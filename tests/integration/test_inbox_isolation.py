@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -472,7 +472,7 @@ async def test_a_conflict_and_a_stuck_message_are_errors_in_the_log_once(databas
     async with bench(database, inbox, max_attempts=2) as b:
         with capture_logs() as logs:
             await b.apply(b.arrival(1))
-            other = replace(b.arrival(1, body=b"[]"))
+            other = b.arrival(1, body=b"[]")
             await b.apply(other, b.arrival(2, event_type="F"))
             await eventually(lambda: due(b))
             await b.applier.retry_due()
