@@ -160,13 +160,14 @@ class FastPublisher:
             async with self._turn:
                 await self._write(call, messages)
             await call.wait_settled()
+            return self._outcomes(call, len(messages))
         except asyncio.CancelledError:
             self._end(BrokerUnavailable("publishing was cancelled"))
             raise
         finally:
             self._stop(call)
+            call.batches.clear()  # each knows its call: a circle, which only the garbage collector would find
             self._ids -= ids
-        return self._outcomes(call, len(messages))
 
     async def close(self) -> None:
         """See the contract."""

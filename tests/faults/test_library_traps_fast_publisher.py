@@ -5,6 +5,7 @@ test says. It does not fall into most of them, since it does not publish through
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from relay.errors import BrokerUnavailable, RelayError
 from relay.rabbitmq import fast_publisher, session
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
 from relay.rabbitmq.fast_publisher import FastPublisher
+from relay.rabbitmq.wire.ledger import Batch
 from tests.faults.test_library_traps_publisher import MEGABYTE, message, messages, nacks_the_second, seen, turns, until
 from tests.harness.loop_clock import loop_clock
 from tests.harness.stub_broker import FRAME_MAX, Line, Published, StubBroker, silence, stub_broker
@@ -115,6 +117,17 @@ async def test_the_time_for_the_answers_counts_from_a_calls_own_last_write(monke
             assert kinds(publishing.result()) == [Confirmed] * 4 + [Unknown] * 2
 
 
+async def test_while_a_long_call_is_written_everybody_else_has_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_publisher, "_WRITE", 10)
+    async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
+        publishing = asyncio.create_task(publisher.publish(messages(100)))
+        await turns(3)
+        assert 0 < publisher._ledger.unanswered < 100
+        await broker.last.until(seen(100))
+        broker.last.ack(0, multiple=True)
+        assert await publishing == [Confirmed()] * 100
+
+
 # --- G: what is in flight is ours to bound
 
 
@@ -155,6 +168,16 @@ class TestG:
         monkeypatch.setattr(fast_publisher, "IN_FLIGHT_BYTES", 500_000)
         async with stub_broker() as broker, publisher_to(broker) as publisher:
             assert await publisher.publish([message(f"m{n}", body=MEGABYTE) for n in range(3)]) == [Confirmed()] * 3
+
+    async def test_what_a_call_needed_is_gone_when_it_ends_without_the_garbage_collector(self) -> None:
+        async with stub_broker() as broker, publisher_to(broker) as publisher:
+            gc.collect()
+            gc.disable()
+            try:
+                await publisher.publish(messages(300))
+                assert not any(isinstance(thing, Batch) for thing in gc.get_objects())
+            finally:
+                gc.enable()
 
 
 # --- A: tags
@@ -265,6 +288,7 @@ class TestB:
             broker.last.give_back(given_back)
             broker.last.ack(2, multiple=True)
             assert kinds(await publishing) == [Unknown, Unknown]
+            assert "answered wrongly" in str(publisher.lost)
             assert "not in flight" in str(publisher.lost)
 
 

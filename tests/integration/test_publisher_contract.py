@@ -6,20 +6,23 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from relay.errors import BrokerRefused, BrokerUnavailable
 from relay.message import Message
+from relay.rabbitmq import fast_publisher
 from relay.rabbitmq.contract import Confirmed, Nacked, Publisher, Returned, Unknown
+from relay.rabbitmq.fast_publisher import FastPublisher
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.sandbox import RabbitMQ
 from relay.settings import RabbitmqSettings
 from tests.harness.audit import audit
 
 Opener = Callable[..., Awaitable[Publisher]]
-IMPLEMENTATIONS: dict[str, Opener] = {"stock": StockPublisher.open}
+IMPLEMENTATIONS: dict[str, Opener] = {"stock": StockPublisher.open, "fast": FastPublisher.open}
 
 
 @pytest.fixture(params=sorted(IMPLEMENTATIONS))
@@ -67,6 +70,23 @@ async def test_every_message_is_confirmed_and_arrives_in_order(opener: Opener, b
     assert [m.headers["x-sequence"] for m in arrived] == list(range(1500))
 
 
+async def test_calls_at_the_same_time_are_written_in_the_order_in_which_they_were_begun(
+    opener: Opener, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each whole before the next, also where one is larger than what may be in flight."""
+    monkeypatch.setattr(fast_publisher, "IN_FLIGHT", 500)
+    sizes = (1, 300, 900, 2, 300)
+    starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    async with audit(broker) as witness, opened(opener, broker, confirm_timeout_s=30) as publisher:
+        calls = [
+            asyncio.create_task(publisher.publish([message(n) for n in range(start, end)]))
+            for start, end in pairwise(starts)
+        ]
+        assert [await call for call in calls] == [[Confirmed()] * size for size in sizes]
+        arrived = await witness.wait_for(starts[-1])
+    assert [m.headers["x-sequence"] for m in arrived] == list(range(starts[-1]))
+
+
 async def test_an_empty_batch_has_no_outcomes(opener: Opener, broker: str) -> None:
     async with opened(opener, broker) as publisher:
         assert await publisher.publish([]) == []
@@ -99,7 +119,39 @@ async def test_what_is_confirmed_is_exactly_what_a_full_queue_took(opener: Opene
     assert {m.headers["x-sequence"] for m in taken} == confirmed
 
 
-@pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 262_129, 1_048_576])
+async def test_calls_at_the_same_time_each_account_for_exactly_what_the_queues_took(
+    opener: Opener, broker: str
+) -> None:
+    """A full queue that refuses, one that takes all, and nobody: 8 calls whose messages go everywhere in turns."""
+    async with audit(broker, "order.#") as witness:
+        full = await witness.channel.declare_queue(
+            "full", durable=True, arguments={"x-max-length": 50, "x-overflow": "reject-publish"}
+        )
+        await full.bind(witness.exchange, "full.#")
+        keys = ("order.Paid", "full.Paid", "nobody.Paid", "order.Sent", "full.Sent")
+        async with opened(opener, broker) as publisher:
+            calls = [
+                [message(n, routing_key=keys[n % len(keys)]) for n in range(start, start + 200)]
+                for start in range(0, 1600, 200)
+            ]
+            answers = await asyncio.gather(*(publisher.publish(call) for call in calls))
+            assert publisher.lost is None
+        outcomes = [outcome for answer in answers for outcome in answer]
+        found = {
+            kind: {n for n, o in enumerate(outcomes) if isinstance(o, kind)} for kind in (Confirmed, Nacked, Returned)
+        }
+        assert found[Returned] == set(range(2, 1600, 5))
+        assert found[Nacked] < set(range(1600)) - {n for n in range(1600) if n % 5 in (0, 2, 3)}
+        assert found[Nacked]
+        assert len(outcomes) == sum(map(len, found.values())) == 1600
+        await full.consume(witness._take, no_ack=True)
+        taken = await witness.wait_for(len(found[Confirmed]))
+    assert {m.headers["x-sequence"] for m in taken} == found[Confirmed]
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 131_063, 131_064, 131_065, 131_072, 262_128, 262_129, 1_048_576, 5 * 1024 * 1024]
+)
 async def test_bodies_around_the_frame_size_arrive_whole(opener: Opener, broker: str, size: int) -> None:
     body = bytes(n % 251 for n in range(size))
     async with audit(broker) as witness, opened(opener, broker) as publisher:
@@ -152,11 +204,13 @@ async def test_a_closed_connection_leaves_the_rest_unknown_and_the_session_lost(
 
 
 async def publish_until_lost(publisher: Publisher) -> tuple[int, list[Any]]:
+    """Three calls at a time."""
     sent, outcomes = 0, []
     while publisher.lost is None:
-        batch = [message(sent + n) for n in range(100)]
-        sent += len(batch)
-        outcomes += await publisher.publish(batch)
+        calls = [[message(sent + n) for n in range(start, start + 100)] for start in (0, 100, 200)]
+        sent += 300
+        for answers in await asyncio.gather(*(publisher.publish(call) for call in calls)):
+            outcomes += answers
     return sent, outcomes
 
 
@@ -213,6 +267,26 @@ async def test_cancelling_destroys_the_session_and_nothing_hangs(opener: Opener,
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(publishing, 5)
         assert publisher.lost is not None
+
+
+async def test_cancelling_one_of_several_calls_ends_them_all(opener: Opener, broker: str) -> None:
+    async with audit(broker) as witness, opened(opener, broker) as publisher:
+        calls = [
+            asyncio.create_task(publisher.publish([message(n) for n in range(start, start + 400)]))
+            for start in range(0, 1200, 400)
+        ]
+        await asyncio.sleep(0)
+        calls[2].cancel()
+        async with asyncio.timeout(5):
+            first, second, third = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(third, asyncio.CancelledError)
+        assert isinstance(first, list)
+        assert isinstance(second, list)
+        assert publisher.lost is not None
+        confirmed = {n for n, outcome in enumerate(first + second) if isinstance(outcome, Confirmed)}
+        assert set(stamp(first + second)) <= {"Confirmed", "Unknown"}
+        await witness.wait_for_distinct(len(confirmed))
+        assert confirmed <= {m.headers["x-sequence"] for m in witness.messages}
 
 
 async def test_a_message_id_twice_in_one_batch_is_a_mistake_of_the_caller(opener: Opener, broker: str) -> None:

@@ -142,3 +142,12 @@ def test_a_batch_in_the_middle_is_done_before_those_around_it() -> None:
     assert written.done == [second, first, third]
     assert second.all_acked
     assert first.nacked
+
+
+def test_a_nack_of_what_is_acked_already_changes_nothing() -> None:
+    written = Written()
+    batch = written.write(2)
+    written.ledger.confirm(1, False, True)
+    written.ledger.confirm(1, True, False)
+    written.ledger.confirm(2, False, True)
+    assert batch.all_acked
