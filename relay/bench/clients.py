@@ -1,4 +1,4 @@
-"""The one place where the benchmark opens a publisher or a consumer: the same that the daemons would, by the same setting."""
+"""Where the benchmark opens a publisher or a consumer: the one that the daemons would, by the same setting."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from relay.rabbitmq.contract import Consumer, Publisher
+from relay.rabbitmq.lanes import open_consumer, open_publisher
 from relay.rabbitmq.queues import InboxQueue
-from relay.rabbitmq.stock_consumer import StockConsumer
-from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.settings import Settings
 
 _NAME = "relay bench"
@@ -17,9 +16,7 @@ _NAME = "relay bench"
 @asynccontextmanager
 async def publishing(settings: Settings) -> AsyncIterator[Publisher]:
     """A publisher to the exchange of the settings."""
-    publisher: Publisher = await StockPublisher.open(
-        settings.rabbitmq, confirm_timeout_s=settings.outbox.confirm_timeout_s, name=_NAME
-    )
+    publisher = await open_publisher(settings.rabbitmq, confirm_timeout_s=settings.outbox.confirm_timeout_s, name=_NAME)
     try:
         yield publisher
     finally:
@@ -29,7 +26,7 @@ async def publishing(settings: Settings) -> AsyncIterator[Publisher]:
 @asynccontextmanager
 async def consuming(settings: Settings) -> AsyncIterator[Consumer]:
     """A consumer of the inbox's queue, with the inbox's prefetch."""
-    consumer: Consumer = await StockConsumer.open(
+    consumer = await open_consumer(
         settings.rabbitmq, inbox_queue(settings), prefetch=settings.inbox.prefetch, name=_NAME
     )
     try:

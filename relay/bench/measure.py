@@ -133,15 +133,17 @@ async def require_published(settings: Settings, events: int) -> None:
     await require_in_queue(settings, events)
 
 
-async def require_applied(settings: Settings, events: int, *, effects: bool) -> None:
-    """Raise MeasurementFailed unless every event was applied once and in order, and nothing waits."""
+async def require_applied(settings: Settings, events: int, *, effects: bool) -> dict[str, float]:
+    """Raise MeasurementFailed unless every event was applied once and in order, and nothing waits; what was counted."""
     inbox = await _one(settings, "bench_verify_inbox", settings.inbox.consumer)
     if (inbox["applied"], inbox["held"], inbox["quarantined"]) != (events, 0, 0):
         raise MeasurementFailed(f"the inbox applied {inbox['applied']} of {events}, {dict(inbox)}")
-    if effects:
-        done = await _one(settings, "bench_verify_effects")
-        if (done["effects"], done["out_of_turn"]) != (events, 0):
-            raise MeasurementFailed(f"not exactly once in order: {dict(done)} of {events} events")
+    if not effects:
+        return {}
+    done = await _one(settings, "bench_verify_effects")
+    if (done["effects"], done["out_of_turn"]) != (events, 0):
+        raise MeasurementFailed(f"not exactly once in order: {dict(done)} of {events} events")
+    return dict(done)
 
 
 async def _one(settings: Settings, name: str, *values: object) -> Mapping[str, Any]:

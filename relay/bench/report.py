@@ -41,7 +41,7 @@ def as_tables(report: Report) -> RenderableType:
     """For people: a table of each workload with its ratios, and the rates of all workloads side by side."""
     parts: list[RenderableType] = [Text(str(report.place))]
     for measured in report.measured:
-        parts += [_table(measured), _ratio_table(measured)]
+        parts += [_rate_table(measured), _cost_table(measured), _rest(measured), _ratio_table(measured)]
     if len(report.measured) > 1:
         parts.append(_side_by_side(report))
     return Group(*parts)
@@ -88,25 +88,50 @@ def _result_json(step: Step, results: list[Result]) -> dict[str, Any]:
     }
 
 
-def _table(measured: Measured) -> Table:
+def _rate_table(measured: Measured) -> Table:
     table = Table(title=f"{measured.load.name}; median of {len(measured.rounds)} (lowest to highest)")
     table.add_column("stage")
-    for name in ("events/s", "p50 ms", "p99 ms", "p99.9 ms", *(f"{p} us" for p in _PROCESSES), "MiB"):
+    for name in ("events/s", "p50 ms", "p99 ms", "p99.9 ms"):
         table.add_column(name, justify="right")
-    table.add_column("more")
     for step, results in _found(measured):
         latency = _latency(results)
-        cpu = medians([r.cpu_us for r in results])
         delays = () if latency is None else (latency.p50_ms, latency.p99_ms, latency.p999_ms)
         table.add_row(
             step.told,
             _spread(Spread.of([r.rate for r in results]), ",.0f"),
-            *(f"{d:,.1f}" for d in delays) if delays else ("",) * 3,
-            *(_cpu(cpu, process) for process in _PROCESSES),
-            _memory(medians([r.rss_mib for r in results])),
-            ", ".join(f"{name} {value:,.2f}" for name, value in medians([r.more for r in results]).items() if value),
+            *(f"{d:,.1f}" for d in delays),
         )
     return table
+
+
+def _cost_table(measured: Measured) -> Table:
+    """Of each process, by the names of the stages; and what else they found."""
+    table = Table(title="processor time, us an event; highest memory of our processes, MiB")
+    table.add_column("stage")
+    for name in (*_PROCESSES, "MiB"):
+        table.add_column(name, justify="right")
+    for step, results in _found(measured):
+        cpu = medians([r.cpu_us for r in results])
+        table.add_row(
+            f"{step.stage} {step.variant}",
+            *(_cpu(cpu, process) for process in _PROCESSES),
+            _memory(medians([r.rss_mib for r in results])),
+        )
+    return table
+
+
+def _rest(measured: Measured) -> Text:
+    """What only some stages have."""
+    lines = []
+    for step, results in _found(measured):
+        more = [
+            f"{name} {_number(value)}"
+            for name, value in medians([r.more for r in results]).items()
+            if value is not None
+        ]
+        if more:
+            lines.append(f"{step.stage} {step.variant}: {', '.join(more)}")
+    return Text("\n".join(lines))
 
 
 def _ratio_table(measured: Measured) -> RenderableType:
@@ -137,6 +162,10 @@ def _spread(spread: Spread, form: str) -> str:
     return f"{spread.median:{form}} ({spread.low:{form}} to {spread.high:{form}})"
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"
+
+
 def _cpu(cpu: Mapping[str, float | None], process: str) -> str:
     if process not in cpu:
         return ""
@@ -145,4 +174,4 @@ def _cpu(cpu: Mapping[str, float | None], process: str) -> str:
 
 
 def _memory(rss: Mapping[str, float | None]) -> str:
-    return " ".join(f"{name} {_UNKNOWN if value is None else f'{value:,.0f}'}" for name, value in rss.items())
+    return " ".join(_UNKNOWN if value is None else f"{value:,.0f}" for value in rss.values())

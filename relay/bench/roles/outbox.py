@@ -47,8 +47,7 @@ async def pages(settings: Settings, opened: Connection) -> AsyncIterator[Page]:
 async def relay(settings: Settings, spec: Mapping[str, Any], parent: Parent) -> None:
     """The outbox daemon.
 
-    With `drain` until nothing is left: measured from when the broker is connected to the last confirm, processor time from
-    the start of the daemon to its end. Else until it is told `stop`; `count` asks how many are confirmed and how often it
+    With `drain` until nothing is left: measured from when the broker is connected to the last confirm, and as a whole. Else until it is told `stop`; `count` asks how many are confirmed and how often it
     fell asleep. `stamps`: tell for every stamped event when its confirm was in hand.
     """
     watched = _Watched(settings, stamps=bool(spec.get("stamps")))
@@ -59,9 +58,7 @@ async def relay(settings: Settings, spec: Mapping[str, Any], parent: Parent) -> 
     whole = Meter()
     with whole:
         await watched.run(drain=True)
-    meter = watched.meter
-    meter.cpu_s = whole.cpu_s
-    parent.tell_measured(meter, events=watched.confirmed, whole_s=whole.seconds)
+    parent.tell_measured(watched.meter, events=watched.confirmed, whole_s=whole.seconds)
 
 
 async def _live(watched: _Watched, parent: Parent) -> None:

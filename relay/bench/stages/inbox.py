@@ -50,7 +50,7 @@ async def statements(bench: Bench, load: Workload) -> Result:
 
 
 async def apply(bench: Bench, load: Workload, handler: str, *, share: float) -> Result:
-    """`relay inbox run` over a filled queue. In disorder `more` says how many came twice or swapped."""
+    """`relay inbox run` over a filled queue. `more`: how many came twice or swapped, and the effects."""
     async with bench.servers.fresh(load) as settings:
         filled = await _fill_queue(settings, share)
         result = await bench.play(
@@ -64,10 +64,10 @@ async def apply(bench: Bench, load: Workload, handler: str, *, share: float) -> 
             events=load.events,
             deliveries=filled.deliveries,
         )
-        await require_applied(settings, load.events, effects=handler in ("batch", "statement"))
+        effects = await require_applied(settings, load.events, effects=handler in ("batch", "statement"))
         await require_in_queue(settings, 0)
-    more = {"duplicates": filled.duplicates, "swaps": filled.swaps} if share else {}
-    return replace(result, more=more)
+    disorder = {"duplicates": filled.duplicates, "swaps": filled.swaps} if share else {}
+    return replace(result, more={**disorder, **effects})
 
 
 async def declare_inbox_queue(settings: Settings) -> None:
