@@ -13,7 +13,7 @@
       BrokerError
         BrokerRefused        wrong credentials, missing exchange, no permission retryable  exit 5
         BrokerUnavailable    cannot connect, or the connection broke            retryable  exit 5
-          UnreadableMessage  a delivery broke it: the client library cannot decode it      retryable  exit 5
+          UnreadableMessage  a delivery broke it: too large, or not decoded by aiormq      retryable  exit 5
       InboxError
         HandlerError         a handler broke its contract (committed, lost its transaction)
       SandboxError           a throwaway server could not be started                       exit 7
@@ -117,7 +117,7 @@ class BrokerUnavailable(BrokerError):
 
 
 class UnreadableMessage(BrokerUnavailable):
-    """A message in the queue ends the connection that it is delivered on: the client library cannot decode it.
+    """A message in the queue ends the connection that it is delivered on: it is too large for memory, or on stock aiormq cannot decode it.
 
     It cannot be acknowledged either. Every delivery brings it nearer to the queue's delivery limit, where the broker sets
     it aside, and the same is true for whatever is delivered together with it.
