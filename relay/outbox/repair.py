@@ -21,8 +21,8 @@ from relay.message import Delivery, Message, NotAnEvent, to_message
 from relay.outbox.resend import Place, Rate, Retained, by_size, portions
 from relay.postgres.connect import connection
 from relay.rabbitmq.contract import Confirmed, Consumer, Nacked, Publisher, Refused, Returned
+from relay.rabbitmq.lanes import open_consumer
 from relay.rabbitmq.control_topology import RepairQueue
-from relay.rabbitmq.stock_consumer import StockConsumer
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.rabbitmq.topology import queues
 from relay.settings import Settings
@@ -67,7 +67,7 @@ class Repair:
     async def run(self) -> None:
         """Answer requests. Raises BrokerError or PostgresError when a connection broke: to be run again."""
         try:
-            consumer = await StockConsumer.open(
+            consumer = await open_consumer(
                 self._settings.rabbitmq, self._queue, prefetch=_PREFETCH, name=f"relay repair {self._source}"
             )
         except BrokerRefused as exc:
