@@ -159,9 +159,10 @@ class Encoder:
 
     def _split(self, body: bytes) -> bytes:
         """The body in as many frames as it needs, none for an empty one; the end of the last one is still to come."""
-        frames: list[bytes] = []
+        whole = memoryview(body)  # so that its pieces are not copied
+        frames: list[bytes | memoryview] = []
         for start in range(0, len(body), self._max_payload):
-            piece = body[start : start + self._max_payload]
+            piece = whole[start : start + self._max_payload]
             frames += (_body(_END, _BODY, self._channel, len(piece)), piece)
         return b"".join(frames)
 
