@@ -21,8 +21,8 @@ from relay.message import Delivery, Message, NotAnEvent, to_message
 from relay.outbox.resend import Place, Rate, Retained, by_size, portions
 from relay.postgres.connect import connection
 from relay.rabbitmq.contract import Confirmed, Consumer, Nacked, Publisher, Refused, Returned
-from relay.rabbitmq.lanes import open_consumer
 from relay.rabbitmq.control_topology import RepairQueue
+from relay.rabbitmq.lanes import open_consumer
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.rabbitmq.topology import queues
 from relay.settings import Settings
