@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,13 @@ from relay.bench.plan import RATIOS, Step
 from relay.bench.run import Measured, Report
 
 _PROCESSES = ("producers", "relay", "inbox", "postgresql", "rabbitmq")
+_DAEMONS = (
+    "drain",
+    "live",
+    "apply",
+    "end-to-end",
+    "asleep",
+)  # stages in which relay run or relay inbox run is measured
 _UNKNOWN = "-"
 
 
@@ -144,16 +151,31 @@ def _ratio_table(measured: Measured) -> RenderableType:
 
 
 def _side_by_side(report: Report) -> Table:
-    """Rates by workload: a cliff is seen here."""
-    table = Table(title="events/s by workload, medians")
-    table.add_column("stage")
-    columns = []
-    for measured in report.measured:
-        table.add_column(measured.load.name, justify="right")
-        columns.append({step.told: Spread.of([r.rate for r in results]) for step, results in _found(measured)})
-    for told in dict.fromkeys(told for column in columns for told in column):
-        table.add_row(told, *(f"{column[told].median:,.0f}" if told in column else "" for column in columns))
+    """Median rates and the daemons' memory by workload: a cliff is seen here."""
+    table = Table(title="events/s by workload, medians; highest memory of the daemons, MiB")
+    for name in ("events", "bytes", "aggregates"):
+        table.add_column(name, justify="right")
+    found = [{f"{s.stage} {s.variant}": results for s, results in _found(m)} for m in report.measured]
+    names = list(dict.fromkeys(name for results in found for name in results))
+    for name in (*names, "MiB"):
+        table.add_column(name, justify="right")
+    for measured, results in zip(report.measured, found, strict=True):
+        load = measured.load
+        rates = (_rate(results[name]) if name in results else "" for name in names)
+        sizes = (f"{n:,}" for n in (load.events, load.payload_bytes, load.aggregates))
+        table.add_row(*sizes, *rates, _daemons_memory(results.values()))
     return table
+
+
+def _rate(results: Sequence[Result]) -> str:
+    return format(Spread.of([r.rate for r in results]).median, ",.0f")
+
+
+def _daemons_memory(found: Iterable[Sequence[Result]]) -> str:
+    """Not that of the ceilings, which hold all messages."""
+    each = [r for results in found for r in results if r.stage in _DAEMONS]
+    known = [mib for r in each for name, mib in r.rss_mib.items() if name != "producers" and mib is not None]
+    return f"{max(known):,.0f}" if known else _UNKNOWN
 
 
 def _spread(spread: Spread, form: str) -> str:

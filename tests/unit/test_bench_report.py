@@ -90,4 +90,8 @@ def test_the_tables_say_what_was_measured_and_a_dash_for_what_was_not_to_be_had(
 def test_several_workloads_are_shown_side_by_side() -> None:
     other = Workload(events=1000, aggregates=1_000_000, payload_bytes=256)
     assert "events/s by workload" not in _printed(_report(LOAD))
-    assert "events/s by workload" in _printed(_report(LOAD, other))
+    text = _printed(_report(LOAD, other))
+    assert "events/s by workload" in text
+    lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+    assert "1,000 256 10 1,000 500 -" in lines
+    assert "1,000 256 1,000,000 1,000 500 -" in lines
