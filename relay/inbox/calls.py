@@ -9,6 +9,7 @@ from contextlib import suppress
 import asyncpg
 
 from relay.inbox.charges import Charges
+from relay.inbox.deadline import Deadline
 from relay.inbox.failures import (
     ABORTED,
     ENDED,
@@ -34,6 +35,7 @@ class Caller:
         self._store = store
         self._charges = charges
         self._timeout_s = timeout_s
+        self._deadline = Deadline(timeout_s)
         self.called: Sequence[Arrival] = ()
 
     async def call_in_savepoint(self, handler: Handler | Grouped, arrival: Arrival) -> None:
@@ -67,10 +69,9 @@ class Caller:
     async def call(self, handler: Handler | Grouped, arrivals: Sequence[Arrival]) -> None:
         """Call a handler within its time: with one event, unless it is Grouped. Raises what `_blamed` finds behind its exception."""
         self.called = arrivals
-        deadline = asyncio.timeout(self._timeout_s)
         failure: BaseException | None = None
         try:
-            async with deadline:
+            with self._deadline:
                 await self._begun(handler, arrivals)
         except asyncio.CancelledError as exc:
             if _being_cancelled():
@@ -78,7 +79,7 @@ class Caller:
             failure = exc
         except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
             failure = exc
-        if deadline.expired():
+        if self._deadline.expired:
             raise HandlerFailed(arrivals, too_long(self._timeout_s), ends_transaction=True)
         if failure is not None:
             raise await self._blamed(failure, arrivals) from failure
