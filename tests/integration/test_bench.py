@@ -177,10 +177,15 @@ async def test_no_process_outlives_the_benchmark(bench: Bench) -> None:
         )
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(spec).encode() + b"\n")
-        assert json.loads(await process.stdout.readline()) == {"ready": True}
-        process.stdin.close()
-        assert await asyncio.wait_for(process.wait(), 10) == 1
+        try:
+            process.stdin.write(json.dumps(spec).encode() + b"\n")
+            assert json.loads(await process.stdout.readline()) == {"ready": True}
+            process.stdin.close()
+            assert await asyncio.wait_for(process.wait(), 10) == 1
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 # --- the command
