@@ -25,14 +25,16 @@ GRANT USAGE ON SCHEMA relay TO relay_producer, relay_daemon, relay_consumer, rel
 GRANT INSERT (aggregate_type, aggregate_id, seq, event_type, payload, body, content_type, headers, routing_key)
   ON relay.outbox TO relay_producer;
 GRANT SELECT (id, seq) ON relay.outbox TO relay_producer;
-GRANT EXECUTE ON FUNCTION relay.emit(text, text, text, jsonb, jsonb, text, bigint), relay.headers_are_valid(jsonb) TO relay_producer;
+GRANT EXECUTE ON FUNCTION relay.emit(text, text, text, jsonb, jsonb, text, bigint) TO relay_producer;
+GRANT EXECUTE ON FUNCTION relay.headers_are_valid(jsonb),
+  relay.outbox_is_valid(bigint, smallint, text, text, bigint, text, integer, text, jsonb, text, integer, timestamptz)
+  TO relay_producer, relay_daemon;  -- re-basing: an UPDATE evaluates the CHECK constraint, too
 
 -- The outbox daemon reads the log, moves its cursor, parks and un-parks. It cannot write events.
 GRANT SELECT ON relay.migration, relay.outbox, relay.outbox_aggregate, relay.outbox_cursor, relay.outbox_parked TO relay_daemon;
 GRANT UPDATE ON relay.outbox_cursor TO relay_daemon;
 GRANT UPDATE (xid, id), TRUNCATE ON relay.outbox TO relay_daemon;  -- xid: re-basing after a restore; TRUNCATE: its lock, and retention
 GRANT SELECT, UPDATE ON SEQUENCE relay.outbox_id_seq TO relay_daemon;  -- re-basing: new ids must follow the restored ones
-GRANT EXECUTE ON FUNCTION relay.headers_are_valid(jsonb) TO relay_daemon;  -- re-basing: an UPDATE evaluates the CHECK constraints
 GRANT INSERT, UPDATE, DELETE ON relay.outbox_parked TO relay_daemon;
 GRANT SELECT ON relay.outbox_pause, relay.outbox_tombstone TO relay_daemon;
 GRANT DELETE ON relay.outbox_tombstone TO relay_daemon;  -- of rows whose slot was emptied

@@ -1,6 +1,6 @@
 """The event as a producer hands it over, checked where it is made. Pure.
 
-What is checked here is what the constraints of relay.outbox check again; here the error says which field of which event
+What is checked here is what the constraint of relay.outbox checks again; here the error says which field of which event
 it is and what to do, and comes before a statement could spoil the caller's transaction. An error never shows a payload.
 """
 
@@ -22,7 +22,7 @@ ABSENT: Final[Any] = type("Absent", (), {"__repr__": lambda _: "<absent>", "__sl
 """No payload was given. Not None: that is the JSON value null."""
 
 MAX_HEADERS_BYTES = 16384
-"""Of all headers together, as PostgreSQL prints the jsonb: the constraint `outbox_headers_are_flat_small_and_not_ours`."""
+"""Of all headers together, as PostgreSQL prints the jsonb: the rule `outbox_headers_are_flat_small_and_not_ours`."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,99}")
 _NAME_RULE = "1 to 100 letters, digits and _ . : - (not first . : -), for example order or order.paid"

@@ -131,8 +131,8 @@ async def test_a_database_older_than_the_program_names_the_first_missing_migrati
             "column relay.outbox.slot smallint not null default",
         ),
         (
-            "ALTER TABLE relay.outbox DROP CONSTRAINT outbox_payload_or_body",
-            "constraint relay.outbox.outbox_payload_or_body",
+            "ALTER TABLE relay.outbox DROP CONSTRAINT outbox_is_valid",
+            "constraint relay.outbox.outbox_is_valid",
         ),
         ("ALTER TABLE relay.outbox DETACH PARTITION relay.outbox_3", "table relay.outbox_3 partition of relay.outbox"),
         ("ALTER TABLE relay.outbox_2 SET UNLOGGED", "table relay.outbox_2 partition of relay.outbox"),
