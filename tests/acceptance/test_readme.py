@@ -119,8 +119,11 @@ def test_the_django_example_runs(shop: str) -> None:
     assert paid_and_emitted(shop)
 
 
-async def test_the_consumer_example_issues_the_invoice(database: str, broker: str, tmp_path: Path) -> None:
-    (tmp_path / "billing.py").write_text(blocks("python", "Consuming")[0], encoding="utf-8")
+@pytest.mark.parametrize("example", [0, 1], ids=["one by one", "in batches"])
+async def test_the_consumer_example_issues_the_invoice(
+    database: str, broker: str, tmp_path: Path, example: int
+) -> None:
+    (tmp_path / "billing.py").write_text(blocks("python", "Consuming")[example], encoding="utf-8")
     settings = settings_for(database, broker)
     relay = await RelayProcess.start(settings)
     inbox = await asyncio.create_subprocess_exec(
