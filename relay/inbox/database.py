@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import asyncpg
 
 from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
-from relay.postgres.connect import PLANS, Connection, close, connect
+from relay.postgres.connect import Connection, close, connect
 from relay.postgres.errors import FAILURES, postgres_errors
 from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
@@ -17,6 +17,10 @@ from relay.settings import PostgresSettings
 
 OPERATE_CHANNEL = "relay_inbox_operate"
 """Operators notify here, with the consumer's name: only a hint, to look at once for what they have released."""
+
+PLANS = {"enable_seqscan": "off", "jit": "off"}
+"""Without `plan_cache_mode`: handlers run here, and planning each of their statements anew costs the server 40 % more. Our own keep to
+the index in either mode, also when they were planned on empty tables: tests/integration/test_inbox_plans.py pins that."""
 
 _CHECK_INTERVAL = "2000"  # ms
 _END_TIMEOUT_MS = 5000

@@ -158,11 +158,12 @@ WHERE bytes_before < $3
 ORDER BY next_attempt_at, id
 
 -- name: lock_due_held
+-- By id, and not through the index of what is due, which may be long: that `coalesce` is not the predicate of that index.
 -- $1 consumer, $2 ids (bigint[])
 SELECT id, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, headers::text AS headers, body,
        digest, occurred_at, attempts
 FROM relay.inbox_held
-WHERE consumer = $1 AND id = ANY ($2::bigint[]) AND state = 'retrying' AND next_attempt_at <= clock_timestamp()
+WHERE consumer = $1 AND id = ANY ($2::bigint[]) AND coalesce(state = 'retrying', false) AND next_attempt_at <= clock_timestamp()
 ORDER BY id
 FOR UPDATE SKIP LOCKED
 
@@ -279,7 +280,7 @@ SET reason = u.reason, state = u.state, attempts = u.attempts, error = coalesce(
     next_attempt_at = clock_timestamp() + make_interval(secs => u.delay)
 FROM unnest($1::bigint[], $2::text[], $3::text[], $4::integer[], $5::text[], $6::double precision[])
   AS u (id, reason, state, attempts, error, delay)
-WHERE h.id = u.id
+WHERE h.id = u.id AND h.id = ANY ($1::bigint[])  -- said twice: however they are joined, only these are read
 
 -- name: insert_quarantine
 -- $1 consumer, $2 reasons (text[]), $3 details (text[]), $4 message ids (text[]), $5 exchanges (text[]), $6 routing keys (text[]),
