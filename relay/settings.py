@@ -122,17 +122,20 @@ class OutboxSettings(_Section):
     """`relay run`."""
 
     page_rows: int = Field(
-        1000, ge=1, le=20000, description="Rows read and published as one page; also the most in flight at the broker."
+        1000,
+        ge=1,
+        le=20000,
+        description="Rows read and published as one page. Up to four pages are in flight at the broker, one with order = strict.",
     )
     page_bytes: int = Field(
         8 * 1024 * 1024,
         ge=1024,
         le=1024**3,
-        description="A page ends before the row that would exceed this many bytes of payload.",
+        description="A page ends before the row that would exceed this many bytes of payload; none is begun while twice as much is in flight.",
     )
     order: Literal["pipelined", "strict"] = Field(
         "pipelined",
-        description="pipelined: a page in flight at once. strict: at most one unconfirmed message of an aggregate, so that not even a broker's nack can swap two.",
+        description="pipelined: several pages in flight at once. strict: at most one unconfirmed message of an aggregate, so that not even a broker's nack can swap two.",
     )
     routing_key: AmqpName = Field(
         "{aggregate_type}.{event_type}",

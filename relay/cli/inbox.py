@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from relay.cli import inbox_acts, inbox_look
+from relay.cli.collector import calm
 from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.seed import seed_command
 from relay.cli.signals import stop_on_signals
@@ -58,7 +59,9 @@ def run(
     mode = "store" if store else None
     settings = settings_from(config, assignments, inbox__consumer=consumer, inbox__queue=queue, inbox__mode=mode)
     configure_logging(settings.daemon)
-    asyncio.run(_run(_inbox(application, settings.inbox), settings))
+    application_inbox = _inbox(application, settings.inbox)
+    calm()  # after the application's own imports
+    asyncio.run(_run(application_inbox, settings))
 
 
 def _inbox(application: str | None, settings: InboxSettings) -> Inbox:

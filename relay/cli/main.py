@@ -11,6 +11,7 @@ import click
 
 from relay.cli import outbox_acts
 from relay.cli.bench import bench
+from relay.cli.collector import calm
 from relay.cli.completion import completion
 from relay.cli.counters import counters
 from relay.cli.demo import demo
@@ -123,6 +124,7 @@ def run(config: Path | None, assignments: tuple[str, ...], *, drain: bool) -> No
     settings = settings_from(config, assignments)
     configure_logging(settings.daemon)
     outbox = Outbox(settings)
+    calm()
     asyncio.run(_run(outbox, drain=drain))
     if drain and outbox.parked:
         click.echo(f"relay: {outbox.parked} rows are parked: they could not be published, or are paused", err=True)
