@@ -22,10 +22,11 @@ from typing import Any
 import aio_pika
 
 from relay.daemon import Outbox
+from relay.log import configure_logging
 from relay.postgres.connect import connection
 from relay.postgres.migrate import migrate
 from relay.sandbox import Postgres, RabbitMQ, SandboxPostgres, SandboxRabbitMQ
-from relay.settings import Settings, load_settings
+from relay.settings import DaemonSettings, Settings, load_settings
 from tests.bench.peers.contenders import OUR_FILL
 
 AGGREGATES = 500
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds-large", type=int, default=1, help=f"of sizes above {LARGE:,}")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    configure_logging(DaemonSettings(log_level="warning"))
     if given.against not in given.sizes:
         parser.error("--against must be one of --sizes")
     with SandboxPostgres(fsync=True, settings={"shared_buffers": "512MB", "max_wal_size": "4GB"}) as postgres:

@@ -97,7 +97,7 @@ def summary(comparison: Comparison) -> str:
             ]
             cells.append(
                 f"{_median(found, lambda w: w.rate):,.0f}/s p99 {_median(found, lambda w: w.p99_ms):,.1f} ms, "
-                f"burst {draining[0] if draining else float('nan'):,.0f}/s"
+                + (f"burst {draining[0]:,.0f}/s" if draining else "burst not drained")
             )
         lines.append(f"{side.name:10}{cells[0]:>40}{cells[1]:>40}")
     return "\n".join(lines)

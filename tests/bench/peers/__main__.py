@@ -32,6 +32,7 @@ SETTINGS = {
     "shared_buffers": "512MB",
     "max_wal_size": "4GB",
     "max_connections": "300",
+    "autovacuum_naptime": "1s",  # a table that has just been made is analysed at once, as it long is in production
     "wal_level": "logical",  # one of the packages reads the log; the others, relay among them, pay for it as well
 }
 CONTENDERS = {"outbox": outbox.CONTENDERS, "inbox": inbox.CONTENDERS}

@@ -8,9 +8,9 @@ import time
 from relay.postgres.connect import Connection
 from relay.postgres.migrate import migrate
 from relay.rabbitmq.contract import Confirmed
+from relay.rabbitmq.lanes import open_publisher
 from relay.rabbitmq.queues import InboxQueue, ensure_queue
 from relay.rabbitmq.session import close, connect
-from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.sandbox import Postgres, RabbitMQ
 from relay.settings import RabbitmqSettings
 from tests.bench.peers.contenders import NODE, PACTIX, Contender
@@ -52,15 +52,17 @@ CONTENDERS = (
         packages=NODE,
         driver="pg_transactional_inbox.mjs",
         arguments=("replication",),
+        most=20_000,
     ),
     Contender(
         name="pactix 0.2.0",
         side="inbox",
-        how="aio-pika consumer, 500 messages a transaction into its table; InboxRunner, batch 500",
+        how="aio-pika consumer, 500 messages a transaction into its table; 4 InboxRunners, batch 250",
         order="of arrival, per ordering key",
         safety="at least once: effects are outside the runner's transaction; failed after 10 attempts",
         packages=PACTIX,
         driver="pactix_inbox.py",
+        most=20_000,
     ),
 )
 
@@ -116,7 +118,7 @@ async def _fill(settings: RabbitmqSettings, contender: Contender, wanted: Wanted
     else:
         async with channel(settings.url.get_secret_value()) as opened:
             await bound_queue(opened, QUEUE_TYPE)
-    publisher = await StockPublisher.open(settings, confirm_timeout_s=30, name="peers")
+    publisher = await open_publisher(settings, confirm_timeout_s=30, name="peers")
     try:
         for page in pages(wanted):
             if not all(isinstance(outcome, Confirmed) for outcome in await publisher.publish(page)):

@@ -90,6 +90,7 @@ CONTENDERS = (
         packages=NODE,
         driver="pg_transactional_outbox.mjs",
         arguments=("replication",),
+        most=20_000,
         fill=NODE_FILL,
     ),
 )

@@ -30,7 +30,8 @@ from pactix.db.tables import metadata
 from sqlalchemy.ext.asyncio import create_async_engine
 
 STORED_AT_ONCE = 500
-RUNNERS = int(os.environ.get("PEER_RUNNERS", "8"))
+RUNNERS = int(os.environ.get("PEER_RUNNERS", "4"))
+BATCH = int(os.environ.get("PEER_BATCH", "250"))
 IDLE_S = 0.02
 
 engine = create_async_engine(
@@ -71,7 +72,7 @@ async def handle(runner: InboxRunner) -> None:
 
 
 async def run() -> None:
-    config = PactixConfig(inbox_batch_size=50, lease_duration=timedelta(seconds=60))
+    config = PactixConfig(inbox_batch_size=BATCH, lease_duration=timedelta(seconds=60))
     store = InboxStore(config)
     effects = await asyncpg.create_pool(os.environ["PEER_DSN"], min_size=RUNNERS, max_size=RUNNERS)
 
