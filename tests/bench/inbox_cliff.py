@@ -67,7 +67,7 @@ def main() -> None:
     cases = [
         Case("1 000 aggregates, empty table", 1000, 0),
         Case("100 aggregates, empty table", 100, 0),
-        Case(f"{n} aggregates, all new, empty table", n, 0),
+        Case(f"{n} aggregates, all new at first, empty table", n, 0),
         Case(f"1 000 aggregates among {large} cursors", 1000, large),
         Case(f"{n} aggregates among {large} cursors", n, large),
     ]
