@@ -52,7 +52,7 @@ CONTENDERS = (
         packages=NODE,
         driver="pg_transactional_inbox.mjs",
         arguments=("replication",),
-        most=20_000,
+        most=30_000,
     ),
     Contender(
         name="pactix 0.2.0",
@@ -62,7 +62,7 @@ CONTENDERS = (
         safety="at least once: effects are outside the runner's transaction; failed after 10 attempts",
         packages=PACTIX,
         driver="pactix_inbox.py",
-        most=20_000,
+        most=10_000,
     ),
 )
 
