@@ -9,11 +9,12 @@ What migration 0006 rests on, the backends' CPU (2 busy cores; PostgreSQL 15, fi
 with headers 0.65, 8 clients 0.84, 500 rows a statement 0.79, of one aggregate 0.79 of what it was. Without the protocol and the commit
 (statements in a loop of a procedure, eight rounds), a row took 60 instead of 90 us, with headers 82 instead of 244, in a statement of
 500 rows 21 instead of 28; PostgreSQL 18: 49 instead of 72, 65 instead of 99, 17 instead of 26. A bare table: 9, and 3 among many.
-What is left of the 21: the log with its three indexes 8, the counter 10, the check 2, the barrier 1 at most.
+What is left of the 21: the log with its three indexes and the check 8, the counter 10, all else in the trigger 3.
 
 Tried, and not done: UPDATE of the counter before the upsert (0.99 to 1.15; and a plan that would have to be kept on the index), the rules
-in the trigger (10 us less for a single row, but rows would be unchecked while triggers are off), no pinned search_path for the check
-(0.97 to 1.0), headers by jsonpath first (0.94 to 1.0), another fillfactor for the counters (0.98 to 1.0), COLLATE "C" for the names (1.0).
+in the trigger (12 us less for a single row, but rows would be unchecked while triggers are off), no pinned search_path for the check
+(0.96 to 1.0), headers by jsonpath first (0.87 to 0.97 of a row with headers, for a second text of their rules), fillfactor 50 for the
+counters and COLLATE "C" for the names (0.93 to 1.05 and 0.97 to 1.02: nothing that can be told from the noise).
 A trigger function cannot be in SQL, and neither a statement's trigger nor a transition table may set columns.
 """
 
