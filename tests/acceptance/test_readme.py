@@ -55,7 +55,7 @@ def paid_and_emitted(dsn: str) -> bool:
 
 
 def test_there_is_an_example_for_every_driver() -> None:
-    assert set(PRODUCERS) == {"asyncpg", "psycopg", "SQLAlchemy", "Django"}
+    assert set(PRODUCERS) == {"asyncpg", "psycopg", "SQLAlchemy", "Django", "many"}
 
 
 def test_the_sql_example_runs(shop: str) -> None:
@@ -68,10 +68,11 @@ def test_the_sql_example_runs(shop: str) -> None:
     assert paid_and_emitted(shop)
 
 
-def test_the_asyncpg_example_runs(shop: str) -> None:
+@pytest.mark.parametrize("example", ["asyncpg", "many"])
+def test_the_asyncpg_examples_run(shop: str, example: str) -> None:
     async def run() -> None:
         namespace: dict[str, Any] = {}
-        exec("async def example(pool):\n" + textwrap.indent(PRODUCERS["asyncpg"], "    "), namespace)  # noqa: S102
+        exec("async def example(pool):\n" + textwrap.indent(PRODUCERS[example], "    "), namespace)  # noqa: S102
         async with asyncpg.create_pool(shop, min_size=1, max_size=1) as pool:
             await namespace["example"](pool)
 
