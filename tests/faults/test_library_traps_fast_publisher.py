@@ -42,6 +42,20 @@ def names(line: Line) -> list[str]:
     return [published.message_id for published in line.published]
 
 
+async def test_a_broker_may_send_larger_frames_than_is_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back is in frames of the broker's frame_max: refused as garbled, one such message would end each session."""
+    monkeypatch.setattr("tests.harness.stub_broker.FRAME_MAX", 4 * 1024 * 1024)
+
+    def give_back(line: Line, published: Published) -> None:
+        line.give_back(published)
+        line.ack(published.tag)
+
+    async with stub_broker(give_back) as broker, publisher_to(broker) as publisher:
+        (outcome,) = await publisher.publish([message("m0")._replace(body=b"1" * (3 * 1024 * 1024))])
+        assert isinstance(outcome, Returned)
+        assert publisher.lost is None
+
+
 # --- several calls at once
 
 

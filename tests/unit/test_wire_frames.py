@@ -290,6 +290,28 @@ def test_what_a_sink_raises_leaves_the_splitter() -> None:
         splitter.feed(delivery(1, b"x"))
 
 
+@pytest.mark.parametrize("frame_max", [4 * 1024 * 1024, 0, 2**32 - 1])
+def test_frames_are_as_large_as_the_broker_said_they_may_be(frame_max: int) -> None:
+    body = b"1" * (3 * 1024 * 1024)
+    size = len(body)
+    tune = method(commands.Connection.Tune(2047, frame_max, 60), 0)
+    stream = tune + delivery(1, b"") + BEGUN + b"".join(content(body, piece=size))
+    for cuts in ([], [len(tune)], range(0, len(stream), 65536)):
+        contents: list[Content] = []
+        splitter = Splitter()
+        splitter.register(OURS, Sink(contents.append, max_body=size))
+        rest = b"".join(splitter.feed(stream[i:j]) for i, j in pairwise([0, *cuts, len(stream)]))
+        assert rest == tune
+        assert [taken[2] for taken in contents] == [b"", body]
+
+
+def test_a_frame_larger_than_the_broker_said_is_refused() -> None:
+    splitter = Splitter()
+    splitter.feed(method(commands.Connection.Tune(2047, 4 * 1024 * 1024, 60), 0) + b"\1\0\0\0\0\0\2\0\x0a\xce")
+    with pytest.raises(FrameError):
+        splitter.feed(struct.pack(">BHI", 1, 0, 4 * 1024 * 1024 + frames.MAX_FRAME_BYTES + 1))
+
+
 HEAD, BODY = content(b"12345")
 BEGUN = delivery(1, b"")[: -len(content(b"")[0])]
 GOT = method(commands.Basic.GetOk(9, False, "e", "r", 0))

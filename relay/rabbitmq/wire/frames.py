@@ -10,8 +10,12 @@ import struct
 from collections.abc import Callable
 
 MAX_FRAME_BYTES = 1024 * 1024
-"""Largest payload of a frame that is believed. Not the negotiated frame_max: a quorum queue exceeds that itself when it delivers
-a message again whose header frame was as large as allowed, since it adds x-delivery-count (FASTLANE 1.3)."""
+"""Largest payload of a frame that is believed, beyond the frame_max that the broker has announced. Not frame_max alone: a quorum
+queue exceeds that itself when it delivers a message again whose header frame was as large as allowed, since it adds
+x-delivery-count (FASTLANE 1.3). And not this alone: a broker may be configured to send larger frames, or without a limit."""
+
+_LARGEST_BODY_BYTES = 512 * 1024 * 1024
+"""RabbitMQ's largest max_message_size: where frame_max is 0, which means no limit, such a body comes in one frame."""
 
 Content = tuple[bytes, bytes, bytes | None]
 """A message from the broker: (payload of its basic.deliver or basic.return, its property block as on the wire, body). The body is
@@ -33,11 +37,14 @@ _ACK = b"\x00\x3c\x00\x50"
 _NACK = b"\x00\x3c\x00\x78"
 _CHANNEL_CLOSE = b"\x00\x14\x00\x28"
 _CHANNEL_CLOSE_OK = b"\x00\x14\x00\x29"
+_TUNE = b"\x00\x0a\x00\x1e"
+_TUNE_LEAST = 10  # of its payload: class, method, channel_max, frame_max
 _BLOCKED = b"\x00\x0a\x00\x3c"
 _UNBLOCKED = b"\x00\x0a\x00\x3d"
 
 _head = struct.Struct(">BHI").unpack_from
 _u64 = struct.Struct(">Q").unpack_from
+_u32 = struct.Struct(">I").unpack_from
 
 
 class FrameError(Exception):
@@ -173,11 +180,12 @@ class Sink:
 class Splitter:
     """One connection's stream. `blocked` is what RabbitMQ said last about an alarm (connection.blocked, unblocked)."""
 
-    __slots__ = ("_have", "_need", "_parts", "_sinks", "blocked", "on_blocked")
+    __slots__ = ("_have", "_limit", "_need", "_parts", "_sinks", "blocked", "on_blocked")
 
     def __init__(self, on_blocked: Callable[[bool], object] | None = None) -> None:
         self.on_blocked = on_blocked
         self.blocked = False
+        self._limit = MAX_FRAME_BYTES  # until the broker says what its frames may carry
         self._sinks: dict[int, Sink] = {}
         self._parts: list[bytes] = []  # of a frame that has not arrived as a whole
         self._have = 0
@@ -207,13 +215,13 @@ class Splitter:
         size = len(data)
         start = kept = 0  # data[kept:start] is for somebody else, and not in `others` yet
         others: list[bytes] = []
-        sinks = self._sinks
+        sinks, limit = self._sinks, self._limit
         while True:
             if size - start < _HEAD:
                 self._need = _HEAD
                 break
             kind, channel, length = _head(data, start)
-            if length > MAX_FRAME_BYTES:
+            if length > limit:
                 raise FrameError(f"a frame of {length} bytes")
             end = start + _ENVELOPE + length
             if end > size:
@@ -240,7 +248,8 @@ class Splitter:
                         others.append(data[kept:start])
                     kept = end
             elif not channel and kind == _METHOD:
-                self._notice(data[start + _HEAD : start + _HEAD + 4])
+                self._notice(data[start + _HEAD : end - 1])
+                limit = self._limit
             start = end
         if kept < start:
             others.append(data[kept:start])
@@ -257,8 +266,12 @@ class Splitter:
             return False
         return sink.method(kind, method)
 
-    def _notice(self, kind: bytes) -> None:
-        if kind in (_BLOCKED, _UNBLOCKED):
+    def _notice(self, method: bytes) -> None:
+        kind = method[:4]
+        if kind == _TUNE and len(method) >= _TUNE_LEAST:  # aiormq accepts whatever the broker offers
+            (frame_max,) = _u32(method, 6)
+            self._limit = MAX_FRAME_BYTES + min(frame_max or _LARGEST_BODY_BYTES, _LARGEST_BODY_BYTES)
+        elif kind in (_BLOCKED, _UNBLOCKED):
             self.blocked = kind == _BLOCKED
             if self.on_blocked is not None:
                 self.on_blocked(self.blocked)
