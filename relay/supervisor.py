@@ -82,14 +82,25 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait for their end, whatever they raise.
 
     Insists: a library that is just connecting can swallow a cancellation and report the broker's refusal instead, and the task
-    goes on (seen: a session whose end waited for ever for a service beside it).
+    goes on (seen: a session whose end waited for ever for a service beside it). Insists also when it is cancelled itself, by one
+    that insists on the end of all this: it is raised when they have ended, not before (seen: appliers that went on after their
+    session, and connected again, since a handler had swallowed the cancellation).
     """
     pending = {task for task in tasks if not task.done()}
+    cancelled: asyncio.CancelledError | None = None
     while pending:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_INSIST_S)
-    await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            _, pending = await asyncio.wait(pending, timeout=_INSIST_S)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+            pending = {task for task in pending if not task.done()}
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at: nobody else will
+    if cancelled is not None:
+        raise cancelled
 
 
 async def wait_for(event: asyncio.Event, timeout_s: float) -> bool:

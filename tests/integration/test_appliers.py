@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 
 import pytest
 
@@ -180,3 +181,44 @@ async def test_cancelled_none_of_them_commits_and_all_is_done_later(database: st
         async with w.running(recording()):
             await w.until(lambda s: s.applied == 24)
         assert await is_once_and_in_order(w, 2)
+
+
+async def test_none_of_them_goes_on_after_the_end_when_a_handler_swallows_its_cancellation(
+    database: str, broker: str
+) -> None:
+    """It would connect again, and apply what is left, beside the next session; and nobody would close its connection."""
+    begun = asyncio.Event()
+    ended = False
+    late: list[str] = []
+    inbox = Inbox("shop")
+
+    @inbox.on("T")
+    async def deaf(event: Event, tx: Connection) -> None:
+        if ended:
+            late.append(str(event.aggregate_id))
+        if event.seq == 2 and not begun.is_set():
+            begun.set()
+            loop = asyncio.get_running_loop()
+            until = loop.time() + 2.5
+            while loop.time() < until:
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(until - loop.time())
+        await record(event, tx)
+
+    async with world(database, broker, appliers=2, handler_timeout_s=1.5) as w:
+        daemon = w.settings.daemon.model_copy(update={"shutdown_grace_s": 0.1})
+        async with w.running(recording()):
+            pass
+        await w.publish([e for name in NAMES for e in stream(name, 3)])
+        stop = asyncio.Event()
+        running = asyncio.create_task(inbox.run(w.settings.model_copy(update={"daemon": daemon}), stop=stop))
+        await begun.wait()
+        stop.set()
+        await running
+        ended = True
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
+        assert [task for task in others if "appl" in str(task.get_coro()).lower()] == []
+        async with w.running(recording()):
+            await w.until(lambda s: s.applied + s.duplicates >= len(NAMES) * 3)
+        assert late == []
+        assert await is_once_and_in_order(w, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 import structlog
@@ -11,6 +12,7 @@ from structlog.testing import capture_logs
 from relay.errors import PostgresUnavailable
 from relay.services import beside
 from relay.settings import DaemonSettings
+from relay.supervisor import ended as end
 
 SETTINGS = DaemonSettings(backoff_first_s=0.001, backoff_max_s=0.001)
 
@@ -68,3 +70,33 @@ async def test_a_service_that_swallows_its_cancellation_does_not_hold_up_the_end
     async with asyncio.timeout(10):
         async with beside({"deaf": service}, settings=SETTINGS, log=structlog.get_logger()):
             await started.wait()
+
+
+async def test_nothing_is_left_running_also_when_the_end_itself_is_insisted_on() -> None:
+    """Whoever ends a task that is just ending others cancels it again and again: those others are not left behind for that."""
+    started = asyncio.Event()
+    journal: list[str] = []
+
+    async def deaf() -> None:
+        for _ in range(3):
+            with contextlib.suppress(asyncio.CancelledError):
+                started.set()
+                await asyncio.sleep(0.5)
+        journal.append("deaf")
+        raise KeyError
+
+    async def session() -> None:
+        inner = asyncio.create_task(deaf())
+        try:
+            await asyncio.wait([inner])
+        finally:
+            await end(inner)
+
+    outer = asyncio.create_task(session())
+    await started.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relay.supervisor._INSIST_S", 0.01)
+        async with asyncio.timeout(10):
+            await end(outer)
+    assert journal == ["deaf"]
+    assert outer.cancelled()
