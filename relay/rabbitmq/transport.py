@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import aiormq
 from aiormq.exceptions import AMQPConnectionError
@@ -97,10 +97,10 @@ class _Protocol(asyncio.StreamReaderProtocol):
         self._owner = owner
         self._clock = loop
         self._passed_on_at = loop.time()
-        self._socket: asyncio.BaseTransport | None = None
+        self._socket: asyncio.WriteTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._socket = transport
+        self._socket = cast("asyncio.WriteTransport", transport)  # no isinstance: uvloop's are not of asyncio's classes
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -130,7 +130,7 @@ class _Protocol(asyncio.StreamReaderProtocol):
             broken = BrokerUnavailable(f"the connection was cut, what RabbitMQ sent could not be taken: {exc!r}")
         broken.__cause__ = exc
         self._owner.broken = broken
-        if isinstance(self._socket, asyncio.WriteTransport):
+        if self._socket is not None:
             self._socket.abort()
 
 

@@ -22,7 +22,7 @@ from relay.message import Delivery, NotAnEvent, to_event
 from relay.rabbitmq.fast_consumer import FastConsumer
 from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.session import Session, close, connect
-from relay.rabbitmq.transport import SplitTransport
+from relay.rabbitmq.transport import SplitTransport, _Protocol
 from relay.rabbitmq.wire.frames import Content, Sink
 from relay.rabbitmq.wire.methods import deliver
 from relay.settings import RabbitmqSettings
@@ -295,6 +295,24 @@ async def test_nothing_more_is_taken_of_a_stream_that_was_cut() -> None:
             protocol.data_received(struct.pack(">BHI", kind, channel.number, len(payload)) + payload + b"\xce")
         await transport.lost
         assert got == []
+
+
+async def test_a_stream_is_cut_on_any_event_loop() -> None:
+    """uvloop's transports are no asyncio.WriteTransport: not cut, a session would last until its heartbeat or its confirms ran out."""
+
+    class Foreign(asyncio.BaseTransport):
+        cut = 0
+
+        def abort(self) -> None:
+            self.cut += 1
+
+    socket = Foreign()
+    owner, loop = SplitTransport(), asyncio.get_running_loop()
+    protocol = _Protocol(owner, asyncio.StreamReader(loop=loop), loop)
+    protocol.connection_made(socket)
+    protocol.data_received(b"HTTP/1.1 400 Bad Request\r\n")
+    assert socket.cut == 1
+    assert owner.broken is not None
 
 
 async def test_cutting_the_session_is_told_at_once() -> None:
