@@ -17,10 +17,16 @@ from relay.inbox.store import Due
 from relay.inbox.work import Batch, Rules
 from relay.supervisor import ended
 
+_MOST_ALONE = 64
+"""Batches that are not divided after a collision, at most; at first it is one, and twice as many each time. Handlers that write rows
+which aggregates share block each other with the locks of whole parts, and PostgreSQL takes a second to notice a deadlock: going on
+like that costs a hundred times what dividing wins. A few chance collisions cost next to nothing."""
+
 
 class Appliers:
     """As one Applier: when `apply` returns, everything in the batch is durable. When it raises, parts of it may be.
 
+    After parts that collided some batches are not divided, see _MOST_ALONE.
     What is not divided (marks and answers of relays, held messages that are due, sweeping, purging) is the first one's.
     """
 
@@ -30,6 +36,8 @@ class Appliers:
         self._rules = rules
         self.done = Stats()  # what the last `apply` or `retry_due` has committed, also when it raised
         self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
+        self._alone = 0  # so many batches are the first one's alone now
+        self._next_alone = 1
 
     async def probe(self) -> None:
         """Raise what writing would raise, before any message is taken: also what keeps one of the connections from opening."""
@@ -44,8 +52,8 @@ class Appliers:
         """
         self.done = Stats()
         self.left_due = False
-        parts = divided(batch, self._rules, len(self._appliers))
-        at_work = [(applier, part) for applier, part in zip(self._appliers, parts, strict=True) if part]
+        parts = divided(batch, self._rules, 1 if self._alone else len(self._appliers))
+        at_work = [(applier, part) for applier, part in zip(self._appliers, parts, strict=False) if part]
         tasks = [asyncio.create_task(applier.apply(part)) for applier, part in at_work]
         try:
             if tasks:
@@ -55,11 +63,21 @@ class Appliers:
             for applier, _ in at_work:
                 self.done += applier.done
                 self.left_due |= applier.left_due
+        self._learn(at_work)
         for task in tasks:
             task.result()
         if batch.controls:
             self.done += await self._first.apply(Batch(controls=batch.controls))
         return self.done
+
+    def _learn(self, at_work: Sequence[tuple[Applier, Batch]]) -> None:
+        """How many batches to leave undivided. Nothing is learned from one that was."""
+        if self._alone:
+            self._alone -= 1
+        elif len(at_work) > 1 and any(applier.collided for applier, _ in at_work):
+            self._alone, self._next_alone = self._next_alone, min(2 * self._next_alone, _MOST_ALONE)
+        elif len(at_work) > 1:
+            self._next_alone = max(1, self._next_alone // 2)
 
     async def retry_due(self, rows: int) -> Stats:
         """See Applier."""

@@ -49,11 +49,12 @@ class Applier:
         self._swept_stored: stored.Place | None = None
         self.done = Stats()  # what the last `apply` has committed, also when it raised
         self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
+        self.collided = False  # a transaction of the last `apply` had to be redone because of another one
 
     async def apply(self, batch: Batch) -> Stats:
         """Apply a batch. Raises PostgresError; a handler's failure is not an error here but a held message."""
         self.done = Stats()
-        self.left_due = False
+        self.left_due = self.collided = False
         charges = Charges(self._suspects)
         narrowing = Narrowing(batch, self._rules, self._suspects)
         refused: CommitFailed | None = None
@@ -185,6 +186,7 @@ class Applier:
             except Collision as exc:
                 log.info("transaction_redone", reason=loggable(exc.error))
                 last = exc
+                self.collided = True
                 at_commit += exc.at_commit
                 if at_commit > _COMMITS:
                     raise CommitFailed(exc.error) from exc

@@ -100,6 +100,7 @@ class Scripted:
         self.go = asyncio.Event()
         self.done = Stats()
         self.left_due = False
+        self.collided = False
 
     async def apply(self, batch: Batch) -> Stats:
         self.done = Stats()
@@ -174,3 +175,38 @@ async def test_a_part_without_anything_is_not_begun() -> None:
     one = Batch(arrivals=[arrival(1, "0", 1)])
     assert await pair.appliers.apply(one) == Stats(applied=1)
     assert len(pair.journal) == 2
+
+
+async def test_after_collisions_batches_are_not_divided_for_longer_and_longer() -> None:
+    """How many appliers were at work on each batch, while parts collide, and when they do so no more."""
+    pair = Pair()
+    pair.a.go.set()
+    pair.b.go.set()
+
+    async def at_work() -> int:
+        pair.journal.clear()
+        await pair.appliers.apply(Batch(arrivals=pair.batch.arrivals))
+        return sum("begins" in line for line in pair.journal)
+
+    pair.b.collided = True
+    assert [await at_work() for _ in range(11)] == [2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 2]
+    pair.b.collided = False
+    assert [await at_work() for _ in range(12)] == [1] * 8 + [2] * 4
+    for _ in range(3):
+        await at_work()
+    pair.b.collided = True
+    assert [await at_work() for _ in range(3)] == [2, 1, 2]
+
+
+async def test_batches_are_divided_again_after_a_bounded_number_of_others() -> None:
+    pair = Pair()
+    pair.a.go.set()
+    pair.b.go.set()
+    pair.a.collided = True
+    longest = alone = 0
+    for _ in range(400):
+        pair.journal.clear()
+        await pair.appliers.apply(Batch(arrivals=pair.batch.arrivals))
+        alone = alone + 1 if len(pair.journal) == 2 else 0
+        longest = max(longest, alone)
+    assert longest == 64
