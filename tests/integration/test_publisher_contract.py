@@ -203,14 +203,16 @@ async def test_a_closed_connection_leaves_the_rest_unknown_and_the_session_lost(
             assert stamp(await publisher.publish([message(1)])) == ["Unknown"]
 
 
-async def publish_until_lost(publisher: Publisher) -> tuple[int, list[Any]]:
-    """Three calls at a time."""
+async def publish_until_lost(publisher: Publisher, answered: asyncio.Event | None = None) -> tuple[int, list[Any]]:
+    """Three calls at a time. `answered` is set when the first three have ended."""
     sent, outcomes = 0, []
     while publisher.lost is None:
         calls = [[message(sent + n) for n in range(start, start + 100)] for start in (0, 100, 200)]
         sent += 300
         for answers in await asyncio.gather(*(publisher.publish(call) for call in calls)):
             outcomes += answers
+        if answered is not None:
+            answered.set()
     return sent, outcomes
 
 
@@ -221,11 +223,11 @@ async def test_nothing_confirmed_is_missing_after_the_broker_was_killed(
         await witness.channel.declare_queue("kept", durable=True)
         await (await witness.channel.get_queue("kept")).bind(witness.exchange, "order.#")
     async with opened(opener, broker) as publisher:
-        publishing = asyncio.create_task(publish_until_lost(publisher))
-        first = await publisher_confirms(publishing, publisher)
+        answered = asyncio.Event()
+        publishing = asyncio.create_task(publish_until_lost(publisher, answered))
+        await asyncio.wait_for(answered.wait(), 30)
         await asyncio.to_thread(rabbitmq.kill9)
         _, outcomes = await asyncio.wait_for(publishing, 30)
-        assert first
     await asyncio.to_thread(rabbitmq.start_again)
     confirmed = {n for n, outcome in enumerate(outcomes) if isinstance(outcome, Confirmed)}
     async with audit(broker, "none") as witness:
@@ -233,13 +235,6 @@ async def test_nothing_confirmed_is_missing_after_the_broker_was_killed(
         await witness.wait_for_distinct(len(confirmed))
         assert confirmed <= {m.headers["x-sequence"] for m in witness.messages}
     assert confirmed
-
-
-async def publisher_confirms(publishing: asyncio.Task[Any], publisher: Publisher) -> bool:
-    """Let the publishing get going: a turn of the loop for each of a few hundred frames."""
-    for _ in range(2000):
-        await asyncio.sleep(0)
-    return not publishing.done() and publisher.lost is None
 
 
 async def test_a_broker_that_does_not_answer_is_given_up_after_the_confirm_timeout(
