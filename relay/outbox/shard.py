@@ -37,9 +37,11 @@ _LINGER_S = 0.05
 _BACKOFF_FIRST_S = 0.001
 _BACKOFF_LAST_S = 0.01
 """Delays between two looks while awake and idle: a look costs about 0.4 ms of PostgreSQL."""
-_GATHER_S = 0.005
+_GATHER_FIRST_S = 0.005
+_GATHER_LAST_S = 0.08
 """The log is read to its end, and something is in flight: so long the next page may gather before it is read, unless the answer comes
-first. Each look costs 0.4 ms of PostgreSQL, which the producers need."""
+first. Each look costs 0.4 ms of PostgreSQL, which the producers need; one that finds nothing doubles the time, since what is in flight
+may stay there for long (an alarm, a queue that hangs)."""
 
 
 class Shard:
@@ -74,6 +76,7 @@ class Shard:
         self._checkpointed_at = self._clock()
         self._idle_since: float | None = None
         self._nap_s = _BACKOFF_FIRST_S
+        self._gather_s = _GATHER_FIRST_S
         self._unsaved = 0  # rows confirmed since the last checkpoint
         self._held_up: str | None = None  # why nothing is read
         self._at_the_end = False  # of the log, as it was when it was last read
@@ -164,7 +167,7 @@ class Shard:
     async def _make_room(self) -> None:
         """Wait until another page may be begun; at the end of the log also until it is likely to be worth reading."""
         if self._at_the_end and not self._pipeline.is_empty:
-            await self._pipeline.wait(_GATHER_S)
+            await self._pipeline.wait(self._gather_s)
             await self._settle_answered()
         while self._pipeline.is_full:
             await self._pipeline.wait()
@@ -177,6 +180,7 @@ class Shard:
 
     async def _begin(self, page: Page) -> None:
         reached(Point.PAGE_READ)
+        self._gather_s = _GATHER_FIRST_S
         await self._get_up()
         await self._settle_answered()  # what is known to be blocked by now is not sent
         self._pipeline.begin(page)
@@ -186,6 +190,7 @@ class Shard:
         closing = self._pipeline.read_to.window is not None
         self._pipeline.skip(page)
         if not self._pipeline.is_empty:
+            self._gather_s = min(_GATHER_LAST_S, self._gather_s * 2)
             return False
         self._dirty = self._dirty or closing
         return not closing  # the end of a backlog says nothing about what was committed since it was opened
