@@ -231,7 +231,7 @@ class InboxSettings(_Section):
         1,
         ge=1,
         le=16,
-        description="Connections that apply a batch at the same time, each its own aggregates: for handlers that wait for their statements one by one.",
+        description="Connections that apply a batch at the same time, each its own aggregates: for handlers that wait for their statements one by one, and write no rows that aggregates share.",
     )
     handler_timeout_s: float = Field(30, gt=0, le=86400, description="A handler that takes longer has failed.")
     retry_first_s: float = Field(
