@@ -110,7 +110,9 @@ class Delivery(NamedTuple):
     headers: Mapping[str, Any]
     body: bytes
     others: Mapping[str, Any] = MappingProxyType({})  # properties of no meaning to us: kept in the quarantine
-    fault: str | None = None  # why its properties cannot be read: then it has none, `others` their bytes, and it is no event
+    fault: str | None = (
+        None  # why its properties cannot be read: then it has none, `others` their bytes, and it is no event
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

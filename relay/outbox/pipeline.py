@@ -75,9 +75,7 @@ class Pipeline:
         self._settings = settings
         self._progress = progress
         self._sent: deque[_Sent] = deque()
-        self._held: set[Aggregate] = (
-            set()
-        )  # of which something is held back in flight, or was since nothing was
+        self._held: set[Aggregate] = set()  # of which something is held back in flight, or was since nothing was
         self._bytes = 0
 
     @property

@@ -522,7 +522,12 @@ def test_every_setting_has_a_variable_of_its_own() -> None:
 
 def test_every_setting_can_be_set_by_its_variable() -> None:
     samples = {bool: "false", int: "1000", float: "60", str: "x"}
-    special = {"rabbitmq.heartbeat_s": "15", "inbox.appliers": "4", "outbox.page_bytes": "5000", "daemon.backoff_first_s": "1"}
+    special = {
+        "rabbitmq.heartbeat_s": "15",
+        "inbox.appliers": "4",
+        "outbox.page_bytes": "5000",
+        "daemon.backoff_first_s": "1",
+    }
     for name, info in walk_settings():
         sample = special.get(name) or (samples.get(info.annotation) if isinstance(info.annotation, type) else None)
         if sample is not None:
