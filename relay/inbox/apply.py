@@ -93,11 +93,9 @@ class Applier:
     async def sweep(self) -> int:
         """Make due what waits although its turn has come, a bounded number of aggregates a call. Returns how many were."""
         with postgres_errors():
-            released, self._swept = await store.release_waiting(
-                await self._database.connection(),
-                self._rules.consumer,
-                after=self._swept,
-                aggregates=_SWEEP_AGGREGATES,
+            connection = await self._database.connection()
+            released, self._swept = await self._database.patiently(
+                store.release_waiting(connection, self._rules.consumer, after=self._swept, aggregates=_SWEEP_AGGREGATES)
             )
         if released:
             log.warning("waiting_released", consumer=self._rules.consumer, events=released)
@@ -108,11 +106,11 @@ class Applier:
     async def _sweep_stored(self) -> None:
         """Let stored rows be seen by takers that are first of their aggregates and do not lead; as bounded."""
         with postgres_errors():
-            mended, self._swept_stored = await stored.let_first_lead(
-                await self._database.connection(),
-                self._rules.consumer,
-                after=self._swept_stored,
-                aggregates=_SWEEP_AGGREGATES,
+            connection = await self._database.connection()
+            mended, self._swept_stored = await self._database.patiently(
+                stored.let_first_lead(
+                    connection, self._rules.consumer, after=self._swept_stored, aggregates=_SWEEP_AGGREGATES
+                )
             )
         if mended:
             log.warning(
@@ -204,7 +202,15 @@ class Applier:
         work: Work | None = None
         try:
             async with self._database.transaction() as connection:
-                work = Work(connection, self._rules, careful=careful, charges=charges, follow=follow, given_up=given_up)
+                work = Work(
+                    connection,
+                    self._rules,
+                    careful=careful,
+                    charges=charges,
+                    follow=follow,
+                    given_up=given_up,
+                    patiently=self._database.patiently,
+                )
                 stats = await work.run(batch)
         except PostgresError:
             if work is not None and connection is not None and connection.is_closed():

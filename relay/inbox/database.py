@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import TypeVar
 
 import asyncpg
 
+from relay.errors import RelayError
 from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
+from relay.postgres import connect as postgres
 from relay.postgres.connect import Connection, close, connect
 from relay.postgres.errors import FAILURES, postgres_errors
 from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
+from relay.supervisor import ended
 
 OPERATE_CHANNEL = "relay_inbox_operate"
 """Operators notify here, with the consumer's name: only a hint, to look at once for what they have released."""
@@ -24,6 +28,11 @@ the index in either mode, also when they were planned on empty tables: tests/int
 
 _CHECK_INTERVAL = "2000"  # ms
 _END_TIMEOUT_MS = 5000
+
+_ASK_S = 5.0
+"""While a statement waits for another consumer's locks, PostgreSQL is asked so often whether it still does."""
+
+_T = TypeVar("_T")
 
 
 class Database:
@@ -61,6 +70,9 @@ class Database:
         """
         with suppress(asyncpg.InvalidParameterValueError):  # not on every platform
             await opened.execute(query("set_session"), "client_connection_check_interval", _CHECK_INTERVAL)
+        await self._end_cut(opened)
+
+    async def _end_cut(self, opened: Connection) -> None:
         while self._cut:
             await opened.execute(query("end_backend"), self._cut[-1], self._application, _END_TIMEOUT_MS)
             self._cut.pop()
@@ -101,6 +113,48 @@ class Database:
             with postgres_errors():
                 await self._roll_back(connection, transaction)
                 raise
+
+    async def patiently(self, locking: Awaitable[_T]) -> _T:
+        """Wait for a statement that may wait for another consumer's locks, as long as PostgreSQL says that it is at work on it.
+
+        A connection that fell silent looks the same from here, and no time-out tells the two apart: one that is short ends sessions
+        that only wait their turn, in the laboratory a long one was ten minutes of silence for every consumer. After two noes,
+        since the answer may just be on its way, the connection is cut, and the backend ended if PostgreSQL can be reached: it may
+        have the locks. Raises what the statement raises.
+        """
+        statement = asyncio.ensure_future(locking)
+        noes = 0
+        try:
+            while not (await asyncio.wait([statement], timeout=_ASK_S))[0]:
+                noes = 0 if await self._is_at_work() else noes + 1
+                if noes == 2:
+                    await self._give_up()
+            return statement.result()
+        finally:
+            if not statement.done():
+                await ended(statement)
+
+    async def _give_up(self) -> None:
+        self.discard()
+        with suppress(RelayError):
+            async with self._another() as other:
+                with postgres_errors():
+                    await self._end_cut(other)
+
+    def _another(self) -> AbstractAsyncContextManager[Connection]:
+        return postgres.connection(self._settings, application=f"{self._application} asks")
+
+    async def _is_at_work(self) -> bool:
+        """Whether PostgreSQL is at work for our connection; asked over another one, which is short of nothing but this answer."""
+        if self._connection is None or self._connection.is_closed():
+            return False
+        pid = self._connection.get_server_pid()
+        try:
+            async with self._another() as other:
+                with postgres_errors():
+                    return bool(await other.fetchval(query("is_at_work"), pid))
+        except RelayError:
+            return False
 
     def discard(self) -> None:
         """Cut the connection: whatever it was doing will not be committed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -108,6 +108,10 @@ class Due:
     message_id: str
 
 
+Patiently = Callable[[Awaitable[list[asyncpg.Record]]], Awaitable[list[asyncpg.Record]]]
+"""How a statement that waits for locks is waited for: `relay.inbox.database.Database.patiently`."""
+
+
 class GivenUp(Exception):
     """Copies of messages were applied although tombstones are held in their places: the transaction must be redone with those."""
 
@@ -119,10 +123,18 @@ class GivenUp(Exception):
 class Store:
     """The statements of one transaction of one consumer. Those that wait for another consumer's have a time-out of their own."""
 
-    def __init__(self, connection: Connection, consumer: str, *, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        consumer: str,
+        *,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+        patiently: Patiently | None = None,
+    ) -> None:
         self._connection = connection
         self._consumer = consumer
         self._lock_timeout_s = lock_timeout_s
+        self._patiently = patiently
         self.locked_in: str | None = None  # the transaction in which cursors were locked; None: none were
         self.written_in: str | None = None  # in which they were written
 
@@ -150,19 +162,20 @@ class Store:
 
     async def _lock(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that exist."""
-        rows = await self._connection.fetch(
-            query("lock_cursors"), self._consumer, *columns(keys), timeout=self._lock_timeout_s
-        )
+        rows = await self._fetch_locking("lock_cursors", *columns(keys))
         return {keys[place - 1]: Cursor(last_seq, digest, blocked, False) for place, last_seq, digest, blocked in rows}
 
     async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
-        rows = await self._connection.fetch(
-            query("create_cursors"), self._consumer, *columns(keys), timeout=self._lock_timeout_s
-        )
+        rows = await self._fetch_locking("create_cursors", *columns(keys))
         return dict.fromkeys(
             ((source, aggregate_type, aggregate_id) for source, aggregate_type, aggregate_id in rows), _NEW
         )
+
+    async def _fetch_locking(self, block: str, *arguments: object) -> list[asyncpg.Record]:
+        """A statement that may wait for another consumer's transaction."""
+        fetching = self._connection.fetch(query(block), self._consumer, *arguments, timeout=self._lock_timeout_s)
+        return await (fetching if self._patiently is None else self._patiently(fetching))
 
     async def _mark_held(self, cursors: dict[Key, Cursor]) -> None:
         """Find out of which of these lines anything is held, now that nobody else can add to them."""
@@ -181,9 +194,7 @@ class Store:
         if not names:
             return set()
         ids, sources = [name[0] for name in names], [name[1] for name in names]
-        rows = await self._connection.fetch(
-            query("insert_seen"), self._consumer, sources, ids, timeout=self._lock_timeout_s
-        )
+        rows = await self._fetch_locking("insert_seen", sources, ids)
         return {(r["source"], r["message_id"]) for r in rows}
 
     async def successors(self, cursors: Mapping[Key, Cursor], portion: int) -> list[Arrival]:

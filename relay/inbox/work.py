@@ -18,7 +18,7 @@ from relay.inbox.handlers import Inbox
 from relay.inbox.handling import Handling
 from relay.inbox.sequencer import Arrival, Cursor, Key, Line, Policy, Reason, Refusal, Unit, is_ordered, key_of
 from relay.inbox.stats import Stats, Tally
-from relay.inbox.store import LOCK_TIMEOUT_S, Conflict, Due, Hold, Store, Stranger
+from relay.inbox.store import LOCK_TIMEOUT_S, Conflict, Due, Hold, Patiently, Store, Stranger
 from relay.inbox.stored import Stored
 from relay.message import Event
 from relay.postgres.connect import Connection
@@ -116,6 +116,7 @@ class Work:
         charges: Charges,
         follow: int = FOLLOW_LIMIT,
         given_up: Sequence[int] = (),
+        patiently: Patiently | None = None,
     ) -> None:
         self._connection = connection
         self._rules = rules
@@ -124,7 +125,10 @@ class Work:
         self._given_up = given_up
         self._clock = asyncio.get_running_loop().time
         self._store = Store(
-            connection, rules.consumer, lock_timeout_s=LOCK_TIMEOUT_S + rules.settings.handler_timeout_s
+            connection,
+            rules.consumer,
+            lock_timeout_s=LOCK_TIMEOUT_S + rules.settings.handler_timeout_s,
+            patiently=patiently,
         )
         self._stored = Stored(connection, rules.consumer) if rules.settings.mode == "store" else None
         self._lines: dict[Key, Line] = {}

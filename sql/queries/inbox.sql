@@ -16,6 +16,11 @@ WITH a AS (INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, 
            SELECT $1, 'foreign', '', '', '', '{}', '' WHERE false)
 DELETE FROM relay.inbox_held WHERE false
 
+-- name: is_at_work
+-- Whether a session is in the middle of a statement: waiting for a lock is that as well.
+-- $1 process id
+SELECT state = 'active' FROM pg_stat_activity WHERE pid = $1
+
 -- name: end_backend
 -- Ends a session of ours that we cut off, and waits for its end. The name guards against a process id that was given out again.
 -- $1 process id, $2 application name, $3 time-out (bigint, ms)

@@ -7,6 +7,7 @@ NAME.tasks. Marks are published more often than by default, so that no run waits
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -15,6 +16,9 @@ from types import FrameType
 
 MARKS_S = (1.0, 5.0)
 """Between two announcements of what was published lately, and between two sweeps over all."""
+
+
+_told = itertools.count()
 
 
 def _folder() -> Path:
@@ -32,7 +36,7 @@ def _tell_tasks(_number: int, _frame: FrameType | None) -> None:
     except RuntimeError:
         return  # no loop yet, or no more
     told = _folder() / f"{os.environ['LAB_NAME']}.tasks"
-    unfinished = told.with_suffix(f".{os.getpid()}")
+    unfinished = told.with_suffix(f".{os.getpid()}.{next(_told)}")  # another signal may come in the middle of this
     unfinished.write_text(f"{os.getpid()} {tasks}")
     unfinished.replace(told)
 

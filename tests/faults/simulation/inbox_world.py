@@ -114,6 +114,10 @@ class ModelledDatabase(Database):
                 await opened.add_listener(OPERATE_CHANNEL, self._on_operate)
         return self._connection
 
+    async def _is_at_work(self) -> bool:
+        """No session of the model falls silent while it waits for a lock."""
+        return True
+
 
 class ModelledDaemon(_Daemon):
     """relay's own, but for where its connections lead."""

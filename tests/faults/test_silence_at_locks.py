@@ -1,0 +1,84 @@
+"""A connection that falls silent while a consumer waits for another one's locks: found by the laboratory (seed 402).
+
+Both consumers did nothing for ten minutes: the longest time that a batch may wait for its cursors, and nobody asked the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from pydantic import SecretStr
+
+from relay.inbox.database import Database
+from relay.settings import PostgresSettings, Settings
+from tests.faults.lab.postgres_proxy import PostgresProxy
+from tests.integration.inbox_harness import World, eventually, recording, stream, world
+
+
+@asynccontextmanager
+async def through_a_proxy(there: World) -> AsyncIterator[tuple[PostgresProxy, Settings]]:
+    parts = urlsplit(there.dsn)
+    assert parts.port is not None
+    proxy = PostgresProxy(parts.port)
+    port = await proxy.start()
+    dsn = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
+    try:
+        yield proxy, there.settings.model_copy(update={"postgres": PostgresSettings(dsn=SecretStr(dsn))})
+    finally:
+        await proxy.close()
+
+
+@pytest.mark.parametrize("side", ["request", "answer"])
+async def test_a_session_that_is_silent_at_the_locks_of_a_batch_is_given_up_soon_and_the_batch_is_applied(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """`answer`: PostgreSQL has the locks, and keeps them until the next session of ours ends that backend."""
+    monkeypatch.setattr("relay.inbox.database._ASK_S", 0.2)
+    async with world(database, broker) as there, through_a_proxy(there) as (proxy, settings):
+        async with there.running(recording(), settings=settings):
+            await there.publish(stream("1", 1))
+            await there.until(lambda total: total.applied == 1)
+            async with proxy.black_holing_at("FOR UPDATE", side=side) as bites:  # type: ignore[arg-type]
+                await there.publish(stream("1", 3)[1:])
+                await there.until(lambda total: total.applied >= 3)
+                assert bites.count == 1
+        assert await there.effects() == [1, 2, 3]
+
+
+async def test_a_session_that_waits_its_turn_is_left_in_peace_however_often_it_is_asked(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.inbox.database._ASK_S", 0.02)
+    asked, cut = 0, 0
+    ask, discard = Database._is_at_work, Database.discard
+
+    async def counted(self: Database) -> bool:
+        nonlocal asked
+        asked += 1
+        return await ask(self)
+
+    def seen(self: Database) -> None:
+        nonlocal cut
+        cut += 1
+        discard(self)
+
+    monkeypatch.setattr(Database, "_is_at_work", counted)
+    async with world(database, broker) as there:
+        async with there.running(recording()):
+            await there.publish(stream("1", 1))
+            await there.until(lambda total: total.applied == 1)
+            monkeypatch.setattr(Database, "discard", seen)
+            async with there.db.transaction():
+                await there.db.execute("SELECT FROM relay.inbox_aggregate FOR UPDATE")
+                await there.publish(stream("1", 2)[1:])
+
+                async def asked_often() -> bool:
+                    return asked >= 5
+
+                await eventually(asked_often)
+            await there.until(lambda total: total.applied == 2)
+        assert await there.effects() == [1, 2]
+    assert cut == 0
