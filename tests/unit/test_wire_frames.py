@@ -227,7 +227,9 @@ def test_what_a_sink_has_no_callback_for_is_passed_on_whole() -> None:
     assert b"".join(splitter.feed(STREAM[a:b]) for a, b in pairwise(cuts)) == STREAM
 
 
-@pytest.mark.parametrize("end", [commands.Channel.Close(404, "NOT_FOUND", 0, 0), commands.Channel.CloseOk()], ids=["close", "close-ok"])
+@pytest.mark.parametrize(
+    "end", [commands.Channel.Close(404, "NOT_FOUND", 0, 0), commands.Channel.CloseOk()], ids=["close", "close-ok"]
+)
 def test_a_channel_that_is_closed_has_no_sink_any_more_so_that_its_number_can_be_given_out_again(end: Frame) -> None:
     told = split(delivery(1, b"x") + method(end) + delivery(1, b"of the next channel"))
     assert [octets for _, _, octets in told.deliveries] == [b"x"]
