@@ -38,7 +38,7 @@ TOMBSTONE = "relay.tombstone"
 TOMBSTONE_CONTENT_TYPE = "application/octet-stream"
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-"""Largest payload or body: the constraint `outbox_size_is_at_most_16_mib`; RabbitMQ 4's own default is the same."""
+"""Largest payload or body: the rule `outbox_size_is_at_most_16_mib` of relay.outbox; RabbitMQ 4's own default is the same."""
 
 MAX_SEQUENCE = 2**63 - 1
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import asyncpg
 
-from relay.errors import RelayError
+from relay.errors import PostgresError, RelayError
 from relay.inbox.failures import CommitFailed, HandlerFailed, described, is_aborted, judged
 from relay.postgres import connect as postgres
 from relay.postgres.connect import Connection, close, connect
@@ -127,7 +127,7 @@ class Database:
         try:
             while not (await asyncio.wait([statement], timeout=_ASK_S))[0]:
                 noes = 0 if await self._is_at_work() else noes + 1
-                if noes == 2:
+                if noes == 2 and not statement.done():
                     await self._give_up()
             return statement.result()
         finally:
@@ -145,7 +145,11 @@ class Database:
         return postgres.connection(self._settings, application=f"{self._application} asks")
 
     async def _is_at_work(self) -> bool:
-        """Whether PostgreSQL is at work for our connection; asked over another one, which is short of nothing but this answer."""
+        """Whether PostgreSQL is at work for our connection, asked over another one.
+
+        Also when it answers that it has no connection to spare, or does not let us in: it is there, and whoever waits its turn
+        must not be cut for that, again and again until the broker counts a delivery too many.
+        """
         if self._connection is None or self._connection.is_closed():
             return False
         pid = self._connection.get_server_pid()
@@ -153,6 +157,8 @@ class Database:
             async with self._another() as other:
                 with postgres_errors():
                     return bool(await other.fetchval(query("is_at_work"), pid))
+        except PostgresError as exc:
+            return exc.sqlstate is not None and not exc.sqlstate.startswith("08")
         except RelayError:
             return False
 

@@ -20,15 +20,13 @@ from relay.inbox.store import Stranger
 from relay.inbox.work import Batch
 from relay.message import Delivery, NotAnEvent, to_event
 from relay.rabbitmq.contract import Consumer
+from relay.rabbitmq.subscription import BATCH_BYTES, taken
 from relay.supervisor import ended
 
 log = structlog.get_logger()
 
 _PORTION = 128
 """Deliveries understood at a time, about a millisecond: so long may an answer from PostgreSQL wait for us."""
-
-BATCH_BYTES = 64 * 1024 * 1024
-"""Most bytes of bodies in one batch (its first message always fits). While so many wait, nothing more is received."""
 
 
 class Taken(NamedTuple):
@@ -79,32 +77,26 @@ class Intake:
 
     def take(self, limit: int) -> Taken:
         """The next deliveries, at most `limit` and BATCH_BYTES. Only after `wait`."""
-        taken = self._all() if len(self._ready) <= limit and self._bytes <= BATCH_BYTES else self._first(limit)
+        found = self._all() if len(self._ready) <= limit and self._bytes <= BATCH_BYTES else self._first(limit)
         self._room.set()
-        others = [one.thing for one in taken if isinstance(one, _Other)]
+        others = [one.thing for one in found if isinstance(one, _Other)]
         batch = Batch(
-            arrivals=[one for one in taken if isinstance(one, Arrival)] if others else taken,  # type: ignore[arg-type]
+            arrivals=[one for one in found if isinstance(one, Arrival)] if others else found,  # type: ignore[arg-type]
             strangers=[thing for thing in others if isinstance(thing, Stranger)],
             controls=[thing for thing in others if not isinstance(thing, Stranger)],
         )
-        return Taken(batch, taken[-1].tag or 0, len(taken))
+        return Taken(batch, found[-1].tag or 0, len(found))
 
     def _all(self) -> list[Arrival | _Other]:
-        taken = list(self._ready)
+        everything = list(self._ready)
         self._ready.clear()
         self._bytes = 0
-        return taken
+        return everything
 
     def _first(self, limit: int) -> list[Arrival | _Other]:
-        taken: list[Arrival | _Other] = []
-        total = 0
-        while self._ready and len(taken) < limit:
-            total += (size := _size(self._ready[0]))
-            if taken and total > BATCH_BYTES:
-                break
-            taken.append(self._ready.popleft())
-            self._bytes -= size
-        return taken
+        first = taken(self._ready, limit, _size)
+        self._bytes -= sum(map(_size, first))
+        return first
 
     async def _run(self) -> None:
         try:

@@ -24,6 +24,7 @@ from relay.rabbitmq.contract import Consumer
 from relay.sandbox import find_postgres
 from relay.settings import InboxSettings, PostgresSettings, Settings
 from relay.supervisor import supervise
+from tests.harness.deliveries import delivered
 
 CONSUMER = "bench"
 EFFECTS = "CREATE TABLE effect (id bigint GENERATED ALWAYS AS IDENTITY, aggregate text, seq bigint, event_type text)"
@@ -104,19 +105,7 @@ _TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0
 def _delivery(tag: int, aggregate: int, seq: int) -> Delivery:
     row = Row(tag, "order", f"order-{aggregate}", seq, "Changed", "application/json", _TRACE, None, _NOW, _BODY)
     message = to_message(row, source="shop", routing_key="order.Changed")
-    return Delivery(
-        tag=tag,
-        redelivered=False,
-        exchange="relay.events",
-        routing_key=message.routing_key,
-        message_id=message.message_id,
-        event_type=message.event_type,
-        source=message.source,
-        content_type=message.content_type,
-        occurred_at=message.occurred_at,
-        headers=message.headers,
-        body=message.body,
-    )
+    return delivered(message, tag)
 
 
 class Feed:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import SecretStr
 
+from relay.errors import PostgresError, PostgresRefused, PostgresUnavailable
 from relay.inbox.database import Database
 from relay.settings import PostgresSettings, Settings
 from tests.faults.lab.postgres_proxy import PostgresProxy
@@ -82,3 +83,39 @@ async def test_a_session_that_waits_its_turn_is_left_in_peace_however_often_it_i
             await there.until(lambda total: total.applied == 2)
         assert await there.effects() == [1, 2]
     assert cut == 0
+
+
+class Refusal:
+    """A connection that cannot be opened."""
+
+    def __init__(self, error: PostgresError) -> None:
+        self.error = error
+
+    async def __aenter__(self) -> None:
+        raise self.error
+
+    async def __aexit__(self, *_: object) -> None:
+        """It was never open."""
+
+
+@pytest.mark.parametrize(
+    ("error", "at_work"),
+    [
+        (PostgresUnavailable("too many clients", sqlstate="53300"), True),
+        (PostgresRefused("password authentication failed", sqlstate="28P01"), True),
+        (PostgresUnavailable("no answer in time"), False),
+        (PostgresUnavailable("connection was closed", sqlstate="08003"), False),
+    ],
+    ids=["full", "password changed", "silent", "closed"],
+)
+async def test_a_server_that_answers_the_question_with_a_refusal_is_there_and_nobody_is_cut_for_it(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch, error: PostgresError, at_work: bool
+) -> None:
+    async with world(database, broker) as there:
+        asking = Database(there.settings.postgres, application="test")
+        await asking.connection()
+        monkeypatch.setattr(Database, "_another", lambda _: Refusal(error))
+        try:
+            assert await asking._is_at_work() == at_work
+        finally:
+            await asking.close()

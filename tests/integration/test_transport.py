@@ -380,7 +380,9 @@ async def tls_in_front_of(url: str, context: ssl.SSLContext) -> AsyncIterator[UR
         await server.wait_closed()
 
 
-@pytest.mark.skipif(OPENSSL is None, reason="no openssl")
+@pytest.mark.skipif(
+    OPENSSL is None, reason="certificates are made with the openssl program, which this machine has not"
+)
 async def test_the_stream_is_split_behind_tls_and_a_stranger_s_certificate_is_refused(
     broker: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,9 @@ from relay.control import Gone, Mark, Marks, Range, gone_message, marks_message
 from relay.errors import BrokerUnavailable
 from relay.inbox import intake
 from relay.inbox.intake import Intake
-from relay.message import Delivery, Message, Row, to_message
+from relay.message import Delivery, Row, to_message
+from relay.rabbitmq import subscription
+from tests.harness.deliveries import delivered
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -55,23 +57,7 @@ class Broker:
 
 def event(tag: int, *, body: bytes = b"{}") -> Delivery:
     row = Row(tag, "order", "1", tag, "T", "application/json", {}, None, NOON, body)
-    return of(to_message(row, source="shop", routing_key="order.T"), tag)
-
-
-def of(message: Message, tag: int) -> Delivery:
-    return Delivery(
-        tag=tag,
-        redelivered=False,
-        exchange="relay.events",
-        routing_key=message.routing_key,
-        message_id=message.message_id,
-        event_type=message.event_type,
-        source=message.source,
-        content_type=message.content_type,
-        occurred_at=message.occurred_at,
-        headers=message.headers,
-        body=message.body,
-    )
+    return delivered(to_message(row, source="shop", routing_key="order.T"), tag)
 
 
 async def all_idle() -> None:
@@ -81,8 +67,8 @@ async def all_idle() -> None:
 
 
 async def test_what_comes_is_taken_in_order_each_kind_in_its_place() -> None:
-    marks = of(marks_message(Marks(source="shop", marks=(Mark("order", "1", 3),)), routing_key="k", at=NOON), 2)
-    gone = of(
+    marks = delivered(marks_message(Marks(source="shop", marks=(Mark("order", "1", 3),)), routing_key="k", at=NOON), 2)
+    gone = delivered(
         gone_message(Gone(source="shop", reason="unknown", ranges=(Range("a", "1", 1, 2),)), reply_to="q", at=NOON), 5
     )
     foreign = event(3)._replace(headers={})
@@ -122,7 +108,8 @@ async def test_a_batch_is_topped_up_with_what_comes_before_it_is_taken() -> None
 
 async def test_large_messages_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is received while so many bytes wait, and no batch has more, unless one message has."""
-    monkeypatch.setattr(intake, "BATCH_BYTES", 100)
+    for module in (intake, subscription):
+        monkeypatch.setattr(module, "BATCH_BYTES", 100)
     monkeypatch.setattr(intake, "_PORTION", 1)
     broker = Broker([event(tag, body=b"x" * 60) for tag in range(1, 6)] + [event(6, body=b"x" * 500)])
     sizes: list[int] = []

@@ -33,6 +33,7 @@ from tests.faults.simulation.inbox_queue import Queue
 from tests.faults.simulation.server import Session, Transaction
 from tests.faults.simulation.silence import SILENCE
 from tests.faults.simulation.violation import Violation
+from tests.harness.deliveries import delivered
 
 Mood = Literal["raises", "raises late", "is slow", "breaks the connection", "collides", "swallows an error"]
 MOODS: tuple[Mood, ...] = ("raises", "raises late", "is slow", "breaks the connection", "collides", "swallows an error")
@@ -79,19 +80,7 @@ def delivery_of(kind: str, name: str, seq: int, variant: int) -> Delivery:
         is_tombstone=variant == 2,
     )
     message = to_message(row, source=_SOURCE, routing_key=f"{kind}.Booked")
-    return Delivery(
-        tag=0,
-        redelivered=False,
-        exchange="relay.events",
-        routing_key=message.routing_key,
-        message_id=message.message_id,
-        event_type=message.event_type,
-        source=message.source,
-        content_type=message.content_type,
-        occurred_at=message.occurred_at,
-        headers=message.headers,
-        body=message.body,
-    )
+    return delivered(message)
 
 
 class ModelledDatabase(Database):
