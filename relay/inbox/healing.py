@@ -129,12 +129,15 @@ class Healing:
         known = await self._states(opened, keys)
         closing = [gap for gap in known if gap.need is Need.CLOSE]
         due = [gap for gap in known if gap.need is Need.ASK]
-        if closed := await gaps.close(opened, self._consumer, closing):
-            reached(Point.GAP_CLOSED)
-        self._tell_closed(closed)
+        await self._close(opened, closing)
         await gaps.make_due(opened, self._consumer, due)
         self._see_what_comes({gap.key: gap for gap in known if gap.need is Need.WAIT and not gap.is_stuck})
         return len(closing) + len(due)
+
+    async def _close(self, opened: Connection, closing: Sequence[Gap]) -> None:
+        if closed := await gaps.close(opened, self._consumer, closing):
+            reached(Point.GAP_CLOSED)
+        self._tell_closed(closed)
 
     def _see_what_comes(self, waiting: Mapping[Key, Gap]) -> None:
         """Of what was asked for: is it still coming? A slow consumer must not be sent everything twice."""
@@ -158,7 +161,7 @@ class Healing:
             reached(Point.GAP_CLAIMED)
         claimed = await self._states(opened, ours)
         closing = [gap for gap in claimed if gap.need is Need.CLOSE]
-        self._tell_closed(await gaps.close(opened, self._consumer, closing))
+        await self._close(opened, closing)
         coming = [gap for gap in claimed if gap.need is Need.WAIT and (gap.is_coming or gap.key in self._outstanding)]
         missing = [gap for gap in claimed if gap not in closing and gap not in coming]
         await self._write(opened, [self._still_coming(gap) for gap in coming])

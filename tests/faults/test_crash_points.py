@@ -246,7 +246,7 @@ TABLE: Mapping[Place, Trial] = {
     Point.GAP_CLAIMED: Trial("inbox.healing.Healing._ask", misses),
     Point.GAP_WRITTEN: Trial("inbox.healing.Healing._ask_for", misses),
     Point.GAP_ASKED: Trial("inbox.healing.Healing._ask_for", misses),
-    Point.GAP_CLOSED: Trial("inbox.healing.Healing._settle", misses),
+    Point.GAP_CLOSED: Trial("inbox.healing.Healing._close", misses),
 }
 
 
