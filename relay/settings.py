@@ -147,6 +147,12 @@ class OutboxSettings(_Section):
     poll_interval_s: float = Field(
         5, ge=0.005, le=3600, description="Seconds between two looks while asleep; with notify only a safety net."
     )
+    gather_s: float = Field(
+        0.02,
+        ge=0,
+        le=60,
+        description="Under load (thousands of events a second) so many seconds are read at once: fewer, larger pages cost PostgreSQL and the broker less. 0: read on as soon as the last page is confirmed.",
+    )
     checkpoint_interval_s: float = Field(
         0.1,
         ge=0,

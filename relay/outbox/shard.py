@@ -18,6 +18,7 @@ from relay.message import Message, Row
 from relay.outbox.blocked import Blocked
 from relay.outbox.cursor import Page
 from relay.outbox.lease import Ownership
+from relay.outbox.pace import Pace
 from relay.outbox.parking import Parked, Settlement
 from relay.outbox.pipeline import Pipeline
 from relay.outbox.progress import Progress
@@ -37,11 +38,6 @@ _LINGER_S = 0.05
 _BACKOFF_FIRST_S = 0.001
 _BACKOFF_LAST_S = 0.01
 """Delays between two looks while awake and idle: a look costs about 0.4 ms of PostgreSQL."""
-_GATHER_FIRST_S = 0.005
-_GATHER_LAST_S = 0.08
-"""The log is read to its end, and something is in flight: so long the next page may gather before it is read, unless the answer comes
-first. Each look costs 0.4 ms of PostgreSQL, which the producers need; one that finds nothing doubles the time, since what is in flight
-may stay there for long (an alarm, a queue that hangs)."""
 
 
 class Shard:
@@ -76,10 +72,9 @@ class Shard:
         self._checkpointed_at = self._clock()
         self._idle_since: float | None = None
         self._nap_s = _BACKOFF_FIRST_S
-        self._gather_s = _GATHER_FIRST_S
+        self._pace = Pace(settings.gather_s)
         self._unsaved = 0  # rows confirmed since the last checkpoint
         self._held_up: str | None = None  # why nothing is read
-        self._at_the_end = False  # of the log, as it was when it was last read
         self._blocked = Blocked(store=store, shard=ownership.shard)
         self._pipeline = Pipeline(
             position=ownership.position,
@@ -106,6 +101,8 @@ class Shard:
 
         Raises BrokerError or PostgresError when the session is over, LeaseLost when another relay owns the shard.
         """
+        if drain:
+            self._pace = Pace(0)  # what is left is read, not what is still being written
         self._progress.rate.at(self._clock(), self._progress.confirmed)
         await self._retry.look()
         try:
@@ -121,6 +118,7 @@ class Shard:
                     elif await self._is_drained():
                         break
                     continue
+                await self._gather()
                 await self._make_room()
                 page = await self._read()
                 if page.rows:
@@ -164,23 +162,30 @@ class Shard:
 
     # --- read -> publish -> settle -> checkpoint
 
+    async def _gather(self) -> None:
+        """Wait until the next page is likely to be worth reading, or there is something else to see to."""
+        while (left_s := self._pace.due_s(self._clock())) > 0 and not self._wakeup.urgent.is_set():
+            if not self._pipeline.is_empty:
+                await self._pipeline.wait(left_s)
+                await self._settle_answered()
+            elif self._pace.gathers:
+                await self._nap(left_s)
+            if not self._pace.gathers:
+                break
+
     async def _make_room(self) -> None:
-        """Wait until another page may be begun; at the end of the log also until it is likely to be worth reading."""
-        if self._at_the_end and not self._pipeline.is_empty:
-            await self._pipeline.wait(self._gather_s)
-            await self._settle_answered()
+        """Wait until another page may be begun."""
         while self._pipeline.is_full:
             await self._pipeline.wait()
             await self._settle_answered()
 
     async def _read(self) -> Page:
         page = await self._reader.read(self._pipeline.read_to, page_rows=1 if self._progress.careful else None)
-        self._at_the_end = page.complete
+        self._pace.saw(page, self._clock())
         return page
 
     async def _begin(self, page: Page) -> None:
         reached(Point.PAGE_READ)
-        self._gather_s = _GATHER_FIRST_S
         await self._get_up()
         await self._settle_answered()  # what is known to be blocked by now is not sent
         self._pipeline.begin(page)
@@ -190,7 +195,6 @@ class Shard:
         closing = self._pipeline.read_to.window is not None
         self._pipeline.skip(page)
         if not self._pipeline.is_empty:
-            self._gather_s = min(_GATHER_LAST_S, self._gather_s * 2)
             return False
         self._dirty = self._dirty or closing
         return not closing  # the end of a backlog says nothing about what was committed since it was opened
