@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 
@@ -126,13 +126,22 @@ class Database:
         noes = 0
         try:
             while not (await asyncio.wait([statement], timeout=_ASK_S))[0]:
-                noes = 0 if await self._is_at_work() else noes + 1
+                noes = 0 if await self._is_at_work_or_done(statement) else noes + 1
                 if noes == 2 and not statement.done():
                     await self._give_up()
             return statement.result()
         finally:
             if not statement.done():
                 await ended(statement)
+
+    async def _is_at_work_or_done(self, statement: asyncio.Future[Any]) -> bool:
+        """The answer to the statement has the locks, and so does not wait for the answer to a question that has none."""
+        question = asyncio.create_task(self._is_at_work())
+        try:
+            await asyncio.wait([statement, question], return_when=asyncio.FIRST_COMPLETED)
+            return statement.done() or question.result()
+        finally:
+            await ended(question)
 
     async def _give_up(self) -> None:
         self.discard()

@@ -17,9 +17,11 @@ WITH a AS (INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, 
 DELETE FROM relay.inbox_held WHERE false
 
 -- name: is_at_work
--- Whether a session is in the middle of a statement: waiting for a lock is that as well.
+-- Whether a session is in the middle of a statement: waiting for a lock is that as well, waiting for its client is not. Its state does
+-- not tell: without track_activities there is none, and it is "active" also between the parsing of a statement and the order to run it.
+-- What this role may not see, having been set after the login, counts as work: who only waits its turn must not be cut.
 -- $1 process id
-SELECT state = 'active' FROM pg_stat_activity WHERE pid = $1
+SELECT wait_event_type IS DISTINCT FROM 'Client' FROM pg_stat_activity WHERE pid = $1
 
 -- name: end_backend
 -- Ends a session of ours that we cut off, and waits for its end. The name guards against a process id that was given out again.

@@ -5,10 +5,12 @@ Both consumers did nothing for ten minutes: the longest time that a batch may wa
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 from pydantic import SecretStr
 
@@ -16,7 +18,13 @@ from relay.errors import PostgresError, PostgresRefused, PostgresUnavailable
 from relay.inbox.database import Database
 from relay.settings import PostgresSettings, Settings
 from tests.faults.lab.postgres_proxy import PostgresProxy
+from tests.harness.outbox import connected
 from tests.integration.inbox_harness import World, eventually, recording, stream, world
+
+READING = "SELECT FROM relay.inbox_progress"
+LOCKING = "LOCK TABLE relay.inbox_progress IN ACCESS EXCLUSIVE MODE"
+PATIENCE_S = 20.0
+"""For what takes a moment."""
 
 
 @asynccontextmanager
@@ -119,3 +127,72 @@ async def test_a_server_that_answers_the_question_with_a_refusal_is_there_and_no
             assert await asking._is_at_work() == at_work
         finally:
             await asking.close()
+
+
+@asynccontextmanager
+async def opened(dsn: str) -> AsyncIterator[Database]:
+    """A consumer's connection, without the consumer."""
+    database = Database(PostgresSettings(dsn=SecretStr(dsn)), application="test")
+    await database.connection()
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+@pytest.mark.parametrize("hidden", ["track_activities=off", "role=relay_consumer"])
+async def test_a_session_whose_state_cannot_be_seen_is_left_in_peace_while_it_waits_its_turn(
+    database: str, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    monkeypatch.setattr("relay.inbox.database._ASK_S", 0.02)
+    answers: list[bool] = []
+    asked_often = asyncio.Event()
+    ask = Database._is_at_work
+
+    async def seen(self: Database) -> bool:
+        answers.append(await ask(self))
+        if len(answers) == 3 or not answers[-1]:
+            asked_often.set()
+        return answers[-1]
+
+    monkeypatch.setattr(Database, "_is_at_work", seen)
+    async with connected(database) as other, opened(f"{database}?{hidden}") as waiting:
+        async with other.transaction():
+            await other.execute(LOCKING)
+            reading = asyncio.ensure_future(waiting.patiently((await waiting.connection()).fetch(READING)))
+            await asyncio.wait_for(asked_often.wait(), PATIENCE_S)
+        assert await asyncio.wait_for(reading, PATIENCE_S) == []
+    assert all(answers)
+
+
+async def test_a_session_that_is_silent_already_when_a_statement_is_parsed_is_given_up(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL calls it active: it has been told of a statement, and not yet to run it."""
+    monkeypatch.setattr("relay.inbox.database._ASK_S", 0.02)
+    async with opened(database) as waiting:
+        connection = await waiting.connection()
+        connection._transport.pause_reading()  # type: ignore[attr-defined]
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            await waiting.patiently(connection.fetch(READING, timeout=PATIENCE_S))
+
+
+async def test_an_answer_is_taken_although_the_question_whether_it_will_come_has_none(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the locks: whoever waits for them must not wait until we have given up to connect."""
+    monkeypatch.setattr("relay.inbox.database._ASK_S", 0.02)
+    asked = asyncio.Event()
+
+    async def never(_: Database) -> bool:
+        asked.set()
+        await asyncio.Event().wait()
+        return False
+
+    monkeypatch.setattr(Database, "_is_at_work", never)
+    async with connected(database) as other, opened(database) as waiting:
+        async with other.transaction():
+            await other.execute(LOCKING)
+            reading = asyncio.ensure_future(waiting.patiently((await waiting.connection()).fetch(READING)))
+            await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        assert await asyncio.wait_for(reading, PATIENCE_S) == []
