@@ -13,6 +13,7 @@ import asyncpg
 from relay.inbox import storable
 from relay.inbox.sequencer import Arrival, Cursor, Key, Reason
 from relay.message import TOMBSTONE, Delivery, Event
+from relay.postgres import arrays
 from relay.postgres.connect import Connection
 from relay.postgres.queries import query
 
@@ -150,13 +151,17 @@ class Store:
         cursors: dict[Key, Cursor] = {}
         missing = wanted
         for _ in range(_LOCK_ROUNDS):
-            cursors |= await self._lock(missing)
-            missing = [key for key in missing if key not in cursors]
-            if missing:
-                cursors |= await self._create(missing)
-                missing = [key for key in missing if key not in cursors]
+            found = await self._lock(missing)
+            cursors = cursors | found if cursors else found
+            if len(found) < len(missing):
+                missing = [key for key in missing if key not in found]
+                created = await self._create(missing)
+                cursors |= created
+                missing = [key for key in missing if key not in created]
+            else:
+                missing = []
             if not missing:
-                await self._mark_held(cursors)
+                await self._mark_held(wanted, cursors)
                 return cursors
         raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
 
@@ -177,9 +182,8 @@ class Store:
         fetching = self._connection.fetch(query(block), self._consumer, *arguments, timeout=self._lock_timeout_s)
         return await (fetching if self._patiently is None else self._patiently(fetching))
 
-    async def _mark_held(self, cursors: dict[Key, Cursor]) -> None:
+    async def _mark_held(self, keys: Sequence[Key], cursors: dict[Key, Cursor]) -> None:
         """Find out of which of these lines anything is held, now that nobody else can add to them."""
-        keys = list(cursors)
         row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *columns(keys))
         if row is None:
             raise AssertionError("lines_with_held gives one row")
@@ -226,8 +230,8 @@ class Store:
                 query("write_cursors"),
                 self._consumer,
                 *columns(keys),
-                [c.last_seq for c in values],
-                [c.last_digest for c in values],
+                arrays.numbers([c.last_seq for c in values]),
+                arrays.octets([c.last_digest for c in values]),
                 [place for place, c in enumerate(values, start=1) if c.blocked],
             )
 
@@ -474,15 +478,14 @@ def _name(event: Event) -> tuple[object, ...]:
     return (event.source, event.aggregate_type, event.aggregate_id, event.seq, event.message_id)
 
 
-def columns(keys: Sequence[Key]) -> tuple[list[str], list[str], list[str], list[int]]:
+def columns(keys: Sequence[Key]) -> tuple[list[str], list[str], str, list[int]]:
     """Keys as statements take them: sources and aggregate types of the pairs that occur, ids, and which pair is whose."""
-    pairs: dict[tuple[str, str], int] = {}
-    numbers = [pairs.setdefault(key[:2], len(pairs) + 1) for key in keys]
+    pairs = {pair: number for number, pair in enumerate(dict.fromkeys([key[:2] for key in keys]), start=1)}
     return (
         [pair[0] for pair in pairs],
         [pair[1] for pair in pairs],
-        [key[2] for key in keys],
-        numbers if len(pairs) > 1 else [],
+        arrays.texts([key[2] for key in keys]),
+        [pairs[key[:2]] for key in keys] if len(pairs) > 1 else [],
     )
 
 

@@ -36,10 +36,10 @@ SELECT pg_current_xact_id()::text
 -- name: lock_cursors
 -- The cursors of a batch, locked in one order by everybody: as given. Every decision about an aggregate is made under this lock.
 -- Each is looked for by its key: a subquery that locks is never joined in another way.
--- $1 consumer, pairs: $2 sources (text[]), $3 aggregate types (text[]); $4 aggregate ids (text[]), $5 their pairs (integer[], from 1;
--- empty: all are of the first), sorted by source, type, id as bytes
+-- $1 consumer, pairs: $2 sources (text[]), $3 aggregate types (text[]); $4 aggregate ids (a text[] as text, as relay.postgres.arrays
+-- writes it), $5 their pairs (integer[], from 1; empty: all are of the first), sorted by source, type, id as bytes
 SELECT k.place, c.last_seq, c.last_digest, c.blocked
-FROM unnest($4::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
 CROSS JOIN LATERAL (
   SELECT a.last_seq, a.last_digest, a.blocked FROM relay.inbox_aggregate a
   WHERE a.aggregate_id = k.aggregate_id AND a.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
@@ -53,7 +53,7 @@ CROSS JOIN LATERAL (
 -- $1 to $5 as in lock_cursors, in the same order
 INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq)
 SELECT $1, ($2::text[])[coalesce(k.pair, 1)], ($3::text[])[coalesce(k.pair, 1)], k.aggregate_id, 0
-FROM unnest($4::text[], $5::integer[]) AS k (aggregate_id, pair)
+FROM unnest($4::text::text[], $5::integer[]) AS k (aggregate_id, pair)
 ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO NOTHING
 RETURNING source, aggregate_type, aggregate_id
 
@@ -63,7 +63,7 @@ RETURNING source, aggregate_type, aggregate_id
 -- $1 to $5 as in lock_cursors
 SELECT pg_current_xact_id()::text AS transaction_id, ARRAY(
   SELECT k.place
-  FROM unnest($4::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+  FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
   CROSS JOIN LATERAL (
     SELECT FROM relay.inbox_held h
     WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
@@ -182,12 +182,13 @@ FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 
 -- name: write_cursors
 -- An upsert, though every row exists and is locked: there is no join for the planner to turn round. Returns the transaction we are in.
--- $1 to $5 as in lock_cursors, $6 last seqs (bigint[]), $7 last digests (bytea[]), $8 the places of those that are blocked (bigint[])
+-- $1 to $5 as in lock_cursors, $6 last seqs (a bigint[] as text), $7 last digests (a bytea[] as text),
+-- $8 the places of those that are blocked (bigint[])
 WITH written AS (
   INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
   SELECT $1, ($2::text[])[coalesce(c.pair, 1)], ($3::text[])[coalesce(c.pair, 1)], c.aggregate_id, c.last_seq, c.last_digest,
          c.place = ANY ($8::bigint[])
-  FROM unnest($4::text[], $5::integer[], $6::bigint[], $7::bytea[]) WITH ORDINALITY
+  FROM unnest($4::text::text[], $5::integer[], $6::text::bigint[], $7::text::bytea[]) WITH ORDINALITY
     AS c (aggregate_id, pair, last_seq, last_digest, place)
   ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
   DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked

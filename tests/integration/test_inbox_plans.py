@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from relay.inbox.database import PLANS
+from relay.postgres import arrays
 from relay.postgres.connect import Connection, connect
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
 
 IDS = [str(i) for i in range(200)]
-KEYS: tuple[list[Any], ...] = (["s"], ["t"], IDS, [])
-MIXED: tuple[list[Any], ...] = (["s", "s"], ["t", "u"], IDS, [1, 2] * 100)
+KEYS: tuple[Any, ...] = (["s"], ["t"], arrays.texts(IDS), [])
+MIXED: tuple[Any, ...] = (["s", "s"], ["t", "u"], arrays.texts(IDS), [1, 2] * 100)
 SEQS = [1] * 200
 STATEMENTS: dict[str, tuple[Any, ...]] = {
     "lock_cursors": ("c", *KEYS),
@@ -33,7 +34,7 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "due_held": ("c", 100, 1_000_000),
     "lock_due_held": ("c", SEQS),
     "next_due": ("c",),
-    "write_cursors": ("c", *KEYS, [2] * 200, [b""] * 200, []),
+    "write_cursors": ("c", *KEYS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), []),
     "delete_held_through": ("c", "s", "t", IDS, SEQS, IDS, SEQS, [b""] * 200, "relay.tombstone"),
     "held_by_id": ("c", SEQS),
     "delete_held": (SEQS,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,7 +169,8 @@ class InboxDatabase(Server):
 
     def _write_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> str:
         last_seqs, digests, blocked = columns[4:]
-        rows = zip(_keys(*columns[:4]), last_seqs, digests, strict=True)
+        known = [None if digest is None else bytes.fromhex(digest.removeprefix("\\x")) for digest in _array(digests)]
+        rows = zip(_keys(*columns[:4]), _array(last_seqs), known, strict=True)
         for place, (key, last_seq, digest) in enumerate(rows, start=1):
             self.write(session, "cursors", key, CursorRow(last_seq, digest, place in blocked))
         return self._transaction_id(session)
@@ -367,9 +369,16 @@ class InboxDatabase(Server):
             self.write(session, "quarantine", self._id(), (reason, message_id))
 
 
-def _keys(sources: list[str], kinds: list[str], names: list[str], pairs: list[int]) -> list[Key]:
+def _keys(sources: list[str], kinds: list[str], literal: str, pairs: list[int]) -> list[Key]:
     """As the statements take keys."""
+    names = _array(literal)
     return [(sources[p - 1], kinds[p - 1], name) for name, p in zip(names, pairs or [1] * len(names), strict=True)]
+
+
+def _array(literal: str) -> list[Any]:
+    """What is in an array that was given as text. Its escapes are those of JSON."""
+    elements: list[Any] = json.loads(f"[{literal[1:-1].replace('NULL', 'null')}]")
+    return elements
 
 
 _NAME = ("source", "aggregate_type", "aggregate_id", "seq", "message_id")
