@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from types import MappingProxyType
@@ -24,6 +24,7 @@ _REMEMBERED_CHARACTERS = 512
 """Parsed headers remembered, by their text, and the longest such text: about a megabyte at most."""
 
 _columns = itemgetter(*Row._fields)
+_new = tuple.__new__
 
 
 class Reader:
@@ -43,9 +44,9 @@ class Reader:
                 self._open(position, limit) if position.window is None else self._continue(position, limit)
             )
         snapshot = position.window or Snapshot.parse(records[0]["snapshot"])
-        found = [r for r in records if r["id"] is not None]
+        found = records if records and records[0]["id"] is not None else []
         complete = not found or found[0]["page_rows"] == len(found) < limit
-        return Page([to_row(r) for r in found], snapshot, complete)
+        return Page(to_rows(found), snapshot, complete)
 
     async def _open(self, position: Position, limit: int) -> list[asyncpg.Record]:
         """The first page of a new window. The late branch is left out when it has nothing to look for: it costs a plan."""
@@ -71,6 +72,26 @@ class Reader:
 
 def to_row(record: asyncpg.Record) -> Row:
     """A record of the log as a value: every query that is read into rows gives Row's columns, the headers as text or null."""
+    return _row(_columns(record))
+
+
+def to_rows(records: Sequence[asyncpg.Record]) -> list[Row]:
+    """The same for a page, by the place of the columns, which costs half as much: they must be there side by side, in Row's order."""
+    if not records:
+        return []
+    place = _place(records[0])
+    return [_row(record[place]) for record in records]
+
+
+def _place(record: asyncpg.Record) -> slice:
+    names = (*record.keys(),)
+    place = slice(start := names.index("id"), start + len(Row._fields))
+    if names[place] != Row._fields:
+        raise ValueError(f"columns that are not those of a row, in its order: {names[place]}")
+    return place
+
+
+def _row(columns: tuple[Any, ...]) -> Row:
     (
         row_id,
         aggregate_type,
@@ -83,19 +104,22 @@ def to_row(record: asyncpg.Record) -> Row:
         created_at,
         body,
         is_tombstone,
-    ) = _columns(record)
-    return Row(
-        row_id,
-        aggregate_type,
-        aggregate_id,
-        seq,
-        event_type,
-        content_type,
-        _NO_HEADERS if headers is None else _headers(headers),
-        routing_key,
-        created_at,
-        body,
-        is_tombstone,
+    ) = columns
+    return _new(
+        Row,
+        (
+            row_id,
+            aggregate_type,
+            aggregate_id,
+            seq,
+            event_type,
+            content_type,
+            _NO_HEADERS if headers is None else _headers(headers),
+            routing_key,
+            created_at,
+            body,
+            is_tombstone,
+        ),
     )
 
 

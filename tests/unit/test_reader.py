@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.message import content_digest, message_id, to_message
-from relay.outbox.reader import to_row
+from relay.outbox.reader import to_row, to_rows
 from relay.outbox.routing import routing_key
+from tests.faults.simulation.outbox_database import Record
 from tests.unit.test_parking import TEMPLATE
 
 NAMESPACE = uuid.UUID("5a3c6f0e-64a8-5d5e-9b0c-3b1a7d1e2f40")
@@ -27,6 +28,27 @@ def record(**changes: Any) -> Any:
 
 def test_a_record_becomes_the_row_of_its_columns() -> None:
     assert to_row(record()) == TEMPLATE
+
+
+def test_the_records_of_a_page_become_the_same_rows_wherever_their_columns_begin() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"id": 8, "headers": '{"tenant": "é"}'},
+        {"id": 9, "seq": None, "is_tombstone": True},
+    ]
+    rows = [to_row(record(**change)) for change in changes]
+    for before in ({}, {"page_rows": 3}, {"snapshot": None, "page_rows": 3}):
+        assert (
+            to_rows([cast("Any", Record(before | TEMPLATE._asdict() | {"headers": None} | c)) for c in changes]) == rows
+        )
+    assert to_rows([]) == []
+
+
+def test_columns_in_another_order_are_refused_instead_of_taken_for_each_other() -> None:
+    columns = TEMPLATE._asdict()
+    swapped = Record({"id": 1, "aggregate_id": columns["aggregate_id"]} | columns)
+    with pytest.raises(ValueError, match="not those of a row"):
+        to_rows([cast("Any", swapped)])
 
 
 @pytest.mark.parametrize("filler", ["", "x" * 1000], ids=["short", "too long to be remembered"])

@@ -16,6 +16,13 @@ CREATED_AT = datetime(2026, 1, 1, tzinfo=UTC)
 Place = tuple[str, str]
 
 
+class Record(dict[str, Any]):
+    """A row of an answer, as asyncpg gives it: columns by name, and by their places."""
+
+    def __getitem__(self, column: str | slice) -> Any:
+        return (*self.values(),)[column] if isinstance(column, slice) else super().__getitem__(column)
+
+
 @dataclass(frozen=True, slots=True)
 class LogRow:
     """A row of relay.outbox, of a transaction that may still be in progress."""
@@ -173,12 +180,12 @@ class OutboxDatabase(Server):
 
     def _open_window(
         self, _session: Session, _shard: int, xmax: str, limit: int, most_bytes: int, late: list[str] | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         at, xip = int(xmax), frozenset(map(int, late or ()))
         new = [row for row in self.log if row.xid >= at or row.xid in xip]
         snapshot = self.snapshot()
         page = self._page(new, limit, most_bytes)
-        return [record | {"snapshot": snapshot} for record in page] or [{"snapshot": snapshot, "id": None}]
+        return [Record({"snapshot": snapshot} | r) for r in page] or [Record(snapshot=snapshot, id=None)]
 
     def _next_page(
         self,
@@ -190,7 +197,7 @@ class OutboxDatabase(Server):
         xip: list[str],
         after_id: int,
         window: str,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         at, late, seen = int(xmax), frozenset(map(int, xip)), Snapshot(window)
         new = [
             row for row in self.log if row.id > after_id and (row.xid >= at or row.xid in late) and seen.sees(row.xid)
@@ -198,13 +205,13 @@ class OutboxDatabase(Server):
         return self._page(new, limit, most_bytes)
 
     @staticmethod
-    def _page(rows: list[LogRow], limit: int, most_bytes: int) -> list[dict[str, Any]]:
+    def _page(rows: list[LogRow], limit: int, most_bytes: int) -> list[Record]:
         page, size = [], 0
         found = rows[:limit]
         for row in found:
             if size >= most_bytes:
                 break
-            page.append(row.record | {"page_rows": len(found)})
+            page.append(Record({"page_rows": len(found)} | row.record))
             size += row.record["size"]
         return page
 
