@@ -44,9 +44,9 @@ class Point(Enum):
 
     # --- beside the pipeline
     MARKS_PUBLISHED = "inboxes are told how far is published"
-    REPAIR_TAKEN = "an inbox's request is acknowledged, nothing answered"
+    REPAIR_TAKEN = "an inbox's request is taken, nothing answered"
     REPAIR_SENT = "some of what it asked for is sent again"
-    REPAIR_ANSWERED = "all of its request is answered"
+    REPAIR_ANSWERED = "all of its request is answered, and it is not acknowledged"
     SLOT_SCANNED = "every row of a slot is found to be published and old, nothing removed"
     SLOT_EMPTIED = "the slot is emptied, committed"
 

@@ -1,7 +1,9 @@
 """Answers inboxes that miss something: sends the rows again from the retained log, or says that they are gone.
 
-Runs beside the pipeline, on connections of its own. A request is acknowledged before it is answered: whatever becomes of
-the answer, an inbox that still misses something asks again, and no request can be the end of this service twice.
+Runs beside the pipeline, on connections of its own. A request is acknowledged when it is answered, so that an answer that breaks
+off (this relay dies, or stops, or loses a connection) is begun again at once, here or by another relay: the inbox, which cannot
+tell that from a slow answer, asks again only half a minute later. One that was delivered before is acknowledged first: whatever
+becomes of it, an inbox that still misses something asks again, and no request can be the end of this service more than twice.
 """
 
 from __future__ import annotations
@@ -96,10 +98,13 @@ class Repair:
         """The first request and those after it, until none has come for a while."""
         delivery: Delivery | None = first
         while delivery is not None:
-            await consumer.acknowledge(delivery.tag)
+            if delivery.redelivered:
+                await consumer.acknowledge(delivery.tag)
             reached(Point.REPAIR_TAKEN)
             await self._answer(delivery, answerer)
             reached(Point.REPAIR_ANSWERED)
+            if not delivery.redelivered:
+                await consumer.acknowledge(delivery.tag)
             self.answered += 1
             delivery = await _next(consumer)
 

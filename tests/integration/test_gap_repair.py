@@ -12,7 +12,9 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from relay.control import GONE, MARKS, REPAIR, Range, RepairRequest, repair_message
+from relay.errors import BrokerUnavailable
 from relay.message import CONTENT_DIGEST, Row, content_digest
+from relay.outbox.repair import Repair
 from relay.outbox.resend import Retained, by_size, holes, portions
 from relay.postgres.connect import connection
 from relay.settings import PostgresSettings
@@ -154,6 +156,43 @@ async def test_a_relay_that_does_not_answer_is_named(pair: Pair) -> None:
         async with pair.inbox():
             gap = await pair.gap("asks = 2")
     assert gap["detail"].startswith("asked 2 times, and nothing has come: is `relay run` of source shop running")
+
+
+@pytest.mark.parametrize("breaks", [1, 2])
+async def test_a_request_whose_answer_breaks_off_is_answered_once_more_and_not_for_ever(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, breaks: int
+) -> None:
+    """The inbox need not ask again for it. What breaks off again may be the request's own fault."""
+    serve = Repair._serve
+    served = 0
+
+    async def breaking_off(self: Repair, request: RepairRequest, answerer: Any) -> list[Range]:
+        nonlocal served
+        gone = await serve(self, request, answerer)
+        served += 1
+        if served <= breaks:
+            raise BrokerUnavailable("cut in the middle of an answer")
+        return gone
+
+    async def sent(rows: int) -> bool:
+        async with pair.channel() as channel:
+            queue = await channel.declare_queue("billing", passive=True)
+        return queue.declaration_result.message_count == rows
+
+    monkeypatch.setattr(Repair, "_serve", breaking_off)
+    await pair.declare(marks=False)
+    await pair.emit("order/1", 3)
+    await pair.publish()
+    await pair.purge()
+    with capture_logs() as told:
+        async with pair.relay():
+            await until(pair_queue_exists(pair))
+            await ask(pair, "billing", Range("order", "1", 2, 2))
+            await until(lambda: sent(2))  # once more than it would have been
+            await ask(pair, "billing", Range("order", "1", 3, 3))
+            await until(lambda: sent(3))
+    assert served == 3
+    assert [t["service"] for t in told if t["event"] == "service_failed"] == ["repair"] * breaks
 
 
 async def test_with_repair_off_a_gap_is_noticed_and_not_asked_for(pair: Pair) -> None:
