@@ -61,8 +61,8 @@ class Publisher(Protocol):
 
         May be called again before the last call has ended: calls are written in the order in which they were begun, each
         whole before the next, and what is in flight over all of them is bounded, in messages and in bytes.
-        Ends within the confirm time-out of its own last write, whatever the broker does. Safe to cancel: cancelling any
-        call destroys the session.
+        Ends within the confirm time-out of its own last write, whatever the broker does; the time in which it has an alarm
+        may be left out, of each alarm so much. Safe to cancel: cancelling any call destroys the session.
         """
         ...
 

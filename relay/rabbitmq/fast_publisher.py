@@ -57,6 +57,7 @@ class _Call:
         self.batches: list[Batch] = []  # in the order of its messages
         self.refused: dict[int, Refused] = {}  # by position in the call, ascending; not written
         self.timer: asyncio.TimerHandle | None = None
+        self.left_s: float | None = None  # of the time for its answers, which an alarm has stopped; None: it runs
         self.timed_out = False
         self._open = 0  # batches that are not answered
         self._waiting: asyncio.Future[None] | None = None
@@ -92,6 +93,7 @@ class FastPublisher:
         self._loop = asyncio.get_running_loop()
         self._ledger = Ledger()
         self._turn = asyncio.Lock()  # fair: calls are written in the order in which they were begun
+        self._calls: set[_Call] = set()  # whose time is counted
         self._ids: set[str] = set()  # of all that is being published
         self._bytes = 0  # of the batches in flight
         self._freed: asyncio.Future[None] | None = None  # somebody waits for room
@@ -100,6 +102,7 @@ class FastPublisher:
         self._suspect = False
         self._culprit: Refused | None = None  # the only message in flight ended the session
         transport.register(channel.number, Sink(on_confirm=self._confirm, on_return=self._return, max_body=0))
+        transport.notify_blocked(self._blocked)
         transport.lost.add_done_callback(self._socket_lost)
         for closing in (session.closing, channel.closing):  # asked for once: each look costs memory until the end
             closing.add_done_callback(self._closed)
@@ -284,12 +287,33 @@ class FastPublisher:
             self._end(reason)  # it is us who cut it
 
     def _start(self, call: _Call) -> None:
-        self._stop(call)
-        call.timer = self._loop.call_later(self._confirm_timeout_s, self._time_out, call)
+        """The time for the answers counts anew, from now on or from the end of the alarm."""
+        call.left_s = self._confirm_timeout_s if self._transport.blocked else None
+        self._calls.add(call)
+        self._wind(call, self._confirm_timeout_s)
 
     def _stop(self, call: _Call) -> None:
+        self._calls.discard(call)
         if call.timer is not None:
             call.timer.cancel()
+
+    def _blocked(self, blocked: bool) -> None:
+        """An alarm has begun, or ended. While it lasts the broker confirms nothing, so the time for the answers stands still.
+
+        It goes on where it stood: alarms that come and go do not hide that a queue hangs. Each is waited for as long as for answers.
+        """
+        for call in self._calls:
+            if blocked and call.left_s is None and call.timer is not None:
+                call.left_s = call.timer.when() - self._loop.time()
+                self._wind(call, self._confirm_timeout_s)
+            elif not blocked and call.left_s is not None:
+                left_s, call.left_s = call.left_s, None
+                self._wind(call, left_s)
+
+    def _wind(self, call: _Call, seconds: float) -> None:
+        if call.timer is not None:
+            call.timer.cancel()
+        call.timer = self._loop.call_later(seconds, self._time_out, call)
 
     def _time_out(self, call: _Call) -> None:
         """With an alarm the broker takes nothing: then being late is no message's fault."""

@@ -19,7 +19,7 @@ from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returne
 from relay.rabbitmq.fast_publisher import FastPublisher
 from relay.rabbitmq.wire.ledger import Batch
 from tests.faults.test_library_traps_publisher import MEGABYTE, message, messages, nacks_the_second, seen, turns, until
-from tests.harness.loop_clock import loop_clock
+from tests.harness.loop_clock import LoopClock, loop_clock
 from tests.harness.stub_broker import FRAME_MAX, Line, Published, StubBroker, silence, stub_broker
 
 
@@ -54,6 +54,15 @@ async def test_a_broker_may_send_larger_frames_than_is_usual(monkeypatch: pytest
         (outcome,) = await publisher.publish([message("m0")._replace(body=b"1" * (3 * 1024 * 1024))])
         assert isinstance(outcome, Returned)
         assert publisher.lost is None
+
+
+async def alarm(broker: StubBroker, publisher: FastPublisher, clock: LoopClock, *, lasts_s: float) -> None:
+    """Have one, and its end."""
+    broker.last.block()
+    await until(lambda: publisher._transport.blocked)
+    await clock.forward(lasts_s)
+    broker.last.unblock()
+    await until(lambda: not publisher._transport.blocked)
 
 
 # --- several calls at once
@@ -401,6 +410,43 @@ class TestF:
             broker.last.unblock()
             assert await publishing == [Confirmed()] * 20
             assert len(broker.lines) == 1
+
+    async def test_the_time_for_the_answers_stands_still_during_an_alarm(self) -> None:
+        """One that ends just before the time-out leaves the broker all of the time that it had."""
+        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=10) as publisher:
+            with loop_clock() as clock:
+                publishing = asyncio.create_task(publisher.publish(messages(2)))
+                await broker.last.until(seen(2))
+                await alarm(broker, publisher, clock, lasts_s=9.5)
+                await clock.forward(9)
+                broker.last.ack(2, multiple=True)
+                assert await publishing == [Confirmed()] * 2
+
+    async def test_what_is_written_during_an_alarm_has_all_of_the_time_after_it(self) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=10) as publisher:
+            with loop_clock() as clock:
+                broker.last.block()
+                await until(lambda: publisher._transport.blocked)
+                publishing = asyncio.create_task(publisher.publish(messages(2)))
+                await clock.forward(9.5)
+                broker.last.unblock()
+                await broker.last.until(seen(2))
+                await clock.forward(9)
+                broker.last.ack(2, multiple=True)
+                assert await publishing == [Confirmed()] * 2
+
+    async def test_a_queue_that_hangs_is_found_although_alarms_come_and_go(self) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=10) as publisher:
+            with loop_clock() as clock:
+                publishing = asyncio.create_task(publisher.publish(messages(2)))
+                await broker.last.until(seen(2))
+                for _ in range(3):
+                    await clock.forward(3)
+                    await alarm(broker, publisher, clock, lasts_s=9)
+                    assert not publishing.done()
+                await clock.forward(1.5)
+                async with asyncio.timeout(1):
+                    assert [isinstance(o, Unknown) and o.timed_out for o in await publishing] == [True] * 2
 
     async def test_closing_is_bounded_although_the_goodbye_is_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.2)
