@@ -16,11 +16,9 @@ B   a returned message is told by its id: with two of one id in flight the wrong
         tests/integration/test_publisher_contract.py::test_exactly_the_unroutable_messages_are_returned
 C   a time-out that a stalled writer or a lock keeps from being kept
         tests/faults/test_library_traps_publisher.py::TestC
-        tests/faults/test_library_traps_fast_publisher.py::TestC
         tests/integration/test_publisher_contract.py::test_a_broker_that_does_not_answer_is_given_up_after_the_confirm_timeout
 D   a connection that died of its heartbeat arrives as a cancellation that nobody asked for
         tests/faults/test_library_traps_publisher.py::TestD
-        tests/faults/test_library_traps_fast_publisher.py::TestD
         tests/faults/test_library_traps_consumer.py::TestD
 E   heartbeats: negotiated as set, and a dead connection noticed and closed within the bound
         tests/faults/test_library_traps_publisher.py::TestE

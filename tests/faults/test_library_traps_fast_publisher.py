@@ -1,5 +1,5 @@
-"""The traps of the publishing side (see the table in test_library_traps.py) for the fast lane, against a broker that does what a
-test says. It does not fall into most of them, since it does not publish through the library; the contract is the same.
+"""The traps of the publishing side (see the table in test_library_traps.py) that are the fast lane's alone, against a broker that
+does what a test says. What it has in common with the stock publisher is in test_library_traps_publisher.py.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from relay.errors import BrokerUnavailable, RelayError
-from relay.rabbitmq import fast_publisher, session
+from relay.rabbitmq import fast_publisher
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
 from relay.rabbitmq.fast_publisher import FastPublisher
 from relay.rabbitmq.wire.ledger import Batch
-from tests.faults.test_library_traps_publisher import MEGABYTE, message, messages, nacks_the_second, seen, turns, until
+from tests.faults.test_library_traps_publisher import MEGABYTE, message, messages, seen, turns, until
 from tests.harness.loop_clock import LoopClock, loop_clock
-from tests.harness.stub_broker import FRAME_MAX, Line, Published, StubBroker, silence, stub_broker
+from tests.harness.stub_broker import Line, Published, StubBroker, silence, stub_broker
 
 
 @asynccontextmanager
@@ -207,39 +206,6 @@ class TestG:
 
 
 class TestA:
-    async def test_a_cancelled_batch_is_the_last_one_of_its_session(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
-            publishing = asyncio.create_task(publisher.publish(messages(3)))
-            await broker.last.until(seen(3))
-            publishing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await publishing
-            broker.last.ack(3, multiple=True)
-            assert kinds(await publisher.publish(messages(2))) == [Unknown, Unknown]
-            await broker.last.until(lambda line: line.ended)
-            assert len(broker.last.published) == 3
-
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
-            ("message_id", "m" * 256),
-            ("event_type", "\ud800"),
-            ("routing_key", "k" * 256),
-            ("occurred_at", datetime(1, 1, 1, tzinfo=UTC)),
-            ("headers", {"x": 2**63}),
-            ("headers", {"x": -(2**63) - 1}),
-            ("headers", {"x": "y" * FRAME_MAX}),
-            ("headers", {"x": object()}),
-        ],
-        ids=lambda value: str(value)[:20],
-    )
-    async def test_what_cannot_be_encoded_takes_no_tag(self, field: str, value: object) -> None:
-        """Else the nack of B would be taken for the bad one's, and B for confirmed."""
-        async with stub_broker(nacks_the_second) as broker, publisher_to(broker) as publisher:
-            batch = [message("bad", **{field: value}), message("B"), message("C"), message("D")]
-            assert kinds(await publisher.publish(batch)) == [Refused, Confirmed, Nacked, Confirmed]
-            assert publisher.lost is None
-
     async def test_refused_messages_have_their_own_places_also_in_a_session_that_ends(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -267,30 +233,6 @@ class TestA:
 
 
 class TestB:
-    async def test_two_calls_at_once_cannot_have_a_message_id_in_common(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
-            first = asyncio.create_task(publisher.publish([message("same"), message("other")]))
-            await broker.last.until(seen(2))
-            with pytest.raises(ValueError, match="same message_id"):
-                await publisher.publish([message("same")])
-            broker.last.ack(2, multiple=True)
-            assert await first == [Confirmed(), Confirmed()]
-            again = asyncio.create_task(publisher.publish([message("same")]))  # one after the other they may
-            await broker.last.until(seen(3))
-            broker.last.ack(3)
-            assert await again == [Confirmed()]
-
-    async def test_returns_and_acks_reach_the_message_they_are_about(self) -> None:
-        def every_third_comes_back(line: Line, published: Published) -> None:
-            if published.tag % 3 == 0:
-                line.give_back(published)
-            line.ack(published.tag)
-
-        async with stub_broker(every_third_comes_back) as broker, publisher_to(broker) as publisher:
-            outcomes = await publisher.publish([message(f"m{n}", body=b"x" * n) for n in range(600)])
-        assert [isinstance(o, Returned) for o in outcomes] == [n % 3 == 2 for n in range(600)]
-        assert outcomes[2] == Returned("NO_ROUTE order.Paid")
-
     async def test_a_return_counts_although_the_session_ends_before_its_ack(self) -> None:
         async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
             publishing = asyncio.create_task(publisher.publish(messages(2)))
@@ -315,67 +257,10 @@ class TestB:
             assert "not in flight" in str(publisher.lost)
 
 
-# --- C: a time-out that is not kept
-
-
-class TestC:
-    @pytest.mark.parametrize("size", [2, 8_000_000], ids=["before the answer", "while it is written"])
-    async def test_a_batch_ends_with_the_confirm_time_out_whatever_it_waits_for(self, size: int) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.2) as publisher:
-            broker.last.stop_reading()
-            async with asyncio.timeout(2):
-                outcomes = await publisher.publish([message(f"m{n}", body=b"x" * size) for n in range(3)])
-            written = 3 if size == 2 else 1
-            assert [o.timed_out for o in outcomes if isinstance(o, Unknown)] == [True] * written + [False] * (
-                3 - written
-            )
-            assert not broker.last.published, "it was read: nothing is proved"
-
-    async def test_a_kernel_that_ends_a_blocked_session_with_full_sockets_blames_no_message(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(session, "_USER_TIMEOUT_MS", 1000)
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=60) as publisher:
-            broker.last.block()
-            async with asyncio.timeout(10):
-                outcomes = await publisher.publish([message(f"m{n}", body=MEGABYTE * 8) for n in range(3)])
-            assert [isinstance(o, Unknown) and not o.timed_out for o in outcomes] == [True] * 3
-            assert "Connection timed out" in str(publisher.lost)
-            assert not publisher.message_is_suspect
-
-
-# --- D and E: heartbeats
-
-
-class TestD:
-    async def test_messages_in_flight_are_unknown_and_nobody_else_is_cancelled(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=600) as publisher:
-            with loop_clock() as clock:
-                async with asyncio.TaskGroup() as group:
-                    publishing = group.create_task(publisher.publish(messages(3)))
-                    beside = group.create_task(asyncio.Event().wait())
-                    await broker.last.until(seen(3))
-                    await clock.until(publishing.done, at_most_s=60)
-                    outcomes = publishing.result()
-                    assert not beside.done(), "the group took the dead connection for a cancellation"
-                    beside.cancel()
-                assert kinds(outcomes) == [Unknown] * 3
-                assert all("no heartbeat" in o.detail for o in outcomes if isinstance(o, Unknown))
-                async with asyncio.timeout(1):
-                    await publisher.wait_lost()
+# --- E: heartbeats
 
 
 class TestE:
-    async def test_a_silent_connection_is_lost_within_the_bound_and_its_socket_is_closed(self) -> None:
-        async with stub_broker() as broker, publisher_to(broker, heartbeat_s=5) as publisher:
-            broker.last.say_nothing_more()
-            with loop_clock() as clock:
-                lost = asyncio.create_task(publisher.wait_lost())
-                took_s = await clock.until(lost.done, at_most_s=600)
-            assert 18 <= took_s <= 18 + 2.5 + 2
-            assert isinstance(publisher.lost, BrokerUnavailable)
-            await broker.last.until(lambda line: line.ended)
-
     async def test_a_connection_on_which_only_confirms_come_lives(self) -> None:
         """None of them reaches aiormq, whose watchdog would take the connection for dead."""
         async with stub_broker() as broker, publisher_to(broker, heartbeat_s=5) as publisher:
@@ -390,27 +275,6 @@ class TestE:
 
 
 class TestF:
-    @pytest.mark.parametrize("alarm", [True, False])
-    async def test_being_late_is_no_messages_fault_while_the_broker_takes_nothing(self, alarm: bool) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.2) as publisher:
-            if alarm:
-                broker.last.block()
-                await until(lambda: publisher._transport.blocked)
-            outcomes = await publisher.publish(messages(2))
-            assert [o.timed_out for o in outcomes if isinstance(o, Unknown)] == [not alarm] * 2
-            assert not publisher.message_is_suspect
-
-    async def test_an_alarm_that_ends_in_time_costs_nothing(self) -> None:
-        async with stub_broker() as broker, publisher_to(broker) as publisher:
-            broker.last.block()
-            await until(lambda: publisher._transport.blocked)
-            publishing = asyncio.create_task(publisher.publish(messages(20)))
-            await turns()
-            assert not publishing.done()
-            broker.last.unblock()
-            assert await publishing == [Confirmed()] * 20
-            assert len(broker.lines) == 1
-
     async def test_the_time_for_the_answers_stands_still_during_an_alarm(self) -> None:
         """One that ends just before the time-out leaves the broker all of the time that it had."""
         async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=10) as publisher:
@@ -447,27 +311,6 @@ class TestF:
                 await clock.forward(1.5)
                 async with asyncio.timeout(1):
                     assert [isinstance(o, Unknown) and o.timed_out for o in await publishing] == [True] * 2
-
-    async def test_closing_is_bounded_although_the_goodbye_is_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.2)
-        async with stub_broker(silence) as broker:
-            publisher = await FastPublisher.open(broker.settings(), confirm_timeout_s=30, name="traps")
-            broker.last.block()
-            publishing = asyncio.create_task(publisher.publish([message("m", body=MEGABYTE * 8)]))
-            await turns()
-            async with asyncio.timeout(2):
-                await publisher.close()
-                assert kinds(await publishing) == [Unknown]
-
-    async def test_opening_gives_up_in_time_on_a_connection_that_is_blocked_from_the_start(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.1)
-        async with stub_broker() as broker:
-            broker.on_connect = lambda line: line.grant_and_block()
-            async with asyncio.timeout(2):
-                with pytest.raises(BrokerUnavailable, match="no answer in time"):
-                    await FastPublisher.open(broker.settings(connect_timeout_s=0.2), confirm_timeout_s=1, name="traps")
 
 
 # --- how a session ends, and who is to blame
@@ -535,20 +378,6 @@ async def test_a_stream_that_cannot_be_followed_ends_the_session() -> None:
 
 
 class TestJ:
-    async def test_a_multiple_answer_is_for_all_up_to_its_tag_and_for_no_other(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
-            publishing = asyncio.create_task(publisher.publish(messages(10)))
-            await broker.last.until(seen(10))
-            line = broker.last
-            line.ack(2)
-            line.ack(4, multiple=True)
-            line.nack(6, multiple=True)
-            line.give_back(line.published[7])  # the eighth
-            line.ack(9, multiple=True)
-            line.ack(10)
-            expected: list[type[Outcome]] = [Confirmed] * 4 + [Nacked] * 2 + [Confirmed, Returned, Confirmed, Confirmed]
-            assert kinds(await publishing) == expected
-
     @pytest.mark.parametrize("multiple", [True, False])
     async def test_an_ack_of_a_tag_that_was_never_given_confirms_nothing_and_ends_the_session(
         self, multiple: bool
@@ -560,12 +389,3 @@ class TestJ:
             broker.last.ack(3, multiple=True)
             assert kinds(await publishing) == [Unknown] * 3
             assert "answered wrongly" in str(publisher.lost)
-
-    async def test_an_ack_that_comes_twice_confirms_nobody_else(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.2) as publisher:
-            publishing = asyncio.create_task(publisher.publish(messages(2)))
-            await broker.last.until(seen(2))
-            broker.last.ack(1)
-            broker.last.ack(1)
-            broker.last.ack(1, multiple=True)
-            assert kinds(await publishing) == [Confirmed, Unknown]

@@ -1,7 +1,8 @@
 """Traps of the AMQP client on the publishing side (RELIABILITY 3, A to G, I, J): see the table in test_library_traps.py.
 
 A test named `today_...` pins what the library does. When it fails after an upgrade, its message says what that means for us.
-The others hold whatever the library does.
+The others hold whatever the library does: those that take a `kind` on both ways to publish, also where the fast lane cannot fall
+into the trap. What is the fast lane's alone is in test_library_traps_fast_publisher.py.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from relay.errors import BrokerUnavailable, RelayError
 from relay.message import Message
 from relay.rabbitmq import session
 from relay.rabbitmq.contract import Confirmed, Nacked, Outcome, Refused, Returned, Unknown
+from relay.rabbitmq.fast_publisher import FastPublisher
 from relay.rabbitmq.session import broker_errors
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.settings import DaemonSettings
@@ -54,13 +56,20 @@ def messages(n: int) -> list[Message]:
     return [message(f"m{i}") for i in range(n)]
 
 
+Kind = type[StockPublisher] | type[FastPublisher]
+
+
+@pytest.fixture(params=[StockPublisher, FastPublisher], ids=["stock", "fast"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    return found
+
+
 @asynccontextmanager
 async def publisher_to(
-    broker: StubBroker, *, confirm_timeout_s: float = 5, **settings: Any
-) -> AsyncIterator[StockPublisher]:
-    publisher = await StockPublisher.open(
-        broker.settings(**settings), confirm_timeout_s=confirm_timeout_s, name="traps"
-    )
+    broker: StubBroker, kind: Kind = StockPublisher, *, confirm_timeout_s: float = 5, **settings: Any
+) -> AsyncIterator[StockPublisher | FastPublisher]:
+    publisher = await kind.open(broker.settings(**settings), confirm_timeout_s=confirm_timeout_s, name="traps")
     try:
         yield publisher
     finally:
@@ -154,8 +163,8 @@ class TestA:
             await settle(*big)
             await connection.close()
 
-    async def test_a_cancelled_batch_is_the_last_one_of_its_session(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
+    async def test_a_cancelled_batch_is_the_last_one_of_its_session(self, kind: Kind) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind) as publisher:
             publishing = asyncio.create_task(publisher.publish(messages(3)))
             await broker.last.until(seen(3))
             publishing.cancel()
@@ -181,11 +190,14 @@ class TestA:
         ids=lambda value: str(value)[:20],
     )
     async def test_what_cannot_be_encoded_is_refused_before_the_library_sees_it(
-        self, monkeypatch: pytest.MonkeyPatch, field: str, value: object
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch, field: str, value: object
     ) -> None:
-        """So that no tag can be lost, with any library: here one that counts on at each message it fails on."""
+        """So that no tag can be lost, with any library: here one that counts on at each message it fails on.
+
+        Else the nack of B would be taken for the bad one's, and B for confirmed.
+        """
         forgetful(monkeypatch)
-        async with stub_broker(nacks_the_second) as broker, publisher_to(broker) as publisher:
+        async with stub_broker(nacks_the_second) as broker, publisher_to(broker, kind) as publisher:
             batch = [message("bad", **{field: value}), message("B"), message("C"), message("D")]
             outcomes = await publisher.publish(batch)
             assert [type(o) for o in outcomes] == [Refused, Confirmed, Nacked, Confirmed]
@@ -254,8 +266,8 @@ class TestB:
             assert isinstance(first, spec.Basic.Ack)
             assert isinstance(second, aiormq.exceptions.PublishError)
 
-    async def test_two_calls_at_once_cannot_have_a_message_id_in_common(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
+    async def test_two_calls_at_once_cannot_have_a_message_id_in_common(self, kind: Kind) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind) as publisher:
             first = asyncio.create_task(publisher.publish([message("same"), message("other")]))
             await broker.last.until(seen(2))
             with pytest.raises(ValueError, match="same message_id"):
@@ -267,15 +279,16 @@ class TestB:
             broker.last.ack(3)
             assert await again == [Confirmed()]
 
-    async def test_returns_and_acks_reach_the_message_they_are_about(self) -> None:
+    async def test_returns_and_acks_reach_the_message_they_are_about(self, kind: Kind) -> None:
         def every_third_comes_back(line: Line, published: Published) -> None:
             if published.tag % 3 == 0:
                 line.give_back(published)
             line.ack(published.tag)
 
-        async with stub_broker(every_third_comes_back) as broker, publisher_to(broker) as publisher:
-            outcomes = await publisher.publish(messages(300))
-        assert [isinstance(o, Returned) for o in outcomes] == [n % 3 == 2 for n in range(300)]
+        async with stub_broker(every_third_comes_back) as broker, publisher_to(broker, kind) as publisher:
+            outcomes = await publisher.publish([message(f"m{n}", body=b"x" * n) for n in range(600)])
+        assert [isinstance(o, Returned) for o in outcomes] == [n % 3 == 2 for n in range(600)]
+        assert outcomes[2] == Returned("NO_ROUTE order.Paid")
         assert {type(o) for o in outcomes} == {Returned, Confirmed}
 
 
@@ -294,20 +307,23 @@ class TestC:
             assert [type(o) for o in outcomes] == [TimeoutError, TimeoutError]
 
     @pytest.mark.parametrize("size", [2, 8_000_000], ids=["before the answer", "while it is written"])
-    async def test_a_batch_ends_with_the_confirm_time_out_whatever_it_waits_for(self, size: int) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.2) as publisher:
+    async def test_a_batch_ends_with_the_confirm_time_out_whatever_it_waits_for(self, kind: Kind, size: int) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind, confirm_timeout_s=0.2) as publisher:
             broker.last.stop_reading()
             async with asyncio.timeout(2):
                 outcomes = await publisher.publish([message(f"m{n}", body=b"x" * size) for n in range(3)])
-            assert outcomes == [Unknown(str(publisher.lost), timed_out=True)] * 3
+            # The fast lane does not blame what it could not even write.
+            late = 1 if kind is FastPublisher and size > 2 else 3
+            assert [o.timed_out for o in outcomes if isinstance(o, Unknown)] == [True] * late + [False] * (3 - late)
+            assert {o.detail for o in outcomes if isinstance(o, Unknown)} == {str(publisher.lost)}
             assert not broker.last.published, "it was read: nothing is proved"
 
     async def test_a_kernel_that_ends_a_blocked_session_with_full_sockets_blames_no_message(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """TCP_USER_TIMEOUT counts a broker with an alarm, which reads nothing, as dead. It is a reconnect, and no more than that."""
         monkeypatch.setattr(session, "_USER_TIMEOUT_MS", 1000)
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=60) as publisher:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind, confirm_timeout_s=60) as publisher:
             broker.last.block()
             async with asyncio.timeout(10):
                 outcomes = await publisher.publish([message(f"m{n}", body=MEGABYTE * 8) for n in range(3)])
@@ -350,8 +366,8 @@ class TestD:
                 assert task.cancelled()
                 assert told == [0]
 
-    async def test_messages_in_flight_are_unknown_and_nobody_else_is_cancelled(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=600) as publisher:
+    async def test_messages_in_flight_are_unknown_and_nobody_else_is_cancelled(self, kind: Kind) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind, confirm_timeout_s=600) as publisher:
             with loop_clock() as clock:
                 async with asyncio.TaskGroup() as group:
                     publishing = group.create_task(publisher.publish(messages(3)))
@@ -368,6 +384,7 @@ class TestD:
 
     async def test_looking_at_a_queue_ends_with_a_broker_error(self) -> None:
         async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=600) as publisher:
+            assert isinstance(publisher, StockPublisher)
             broker.last.say_nothing_more()
             with loop_clock() as clock:
                 looking = asyncio.create_task(publisher.messages_in("q"))
@@ -393,11 +410,11 @@ class TestD:
 class TestE:
     @pytest.mark.parametrize("asked", ["", "?heartbeat=60", "?heartbeat=0"])
     async def test_the_heartbeat_that_is_negotiated_is_the_settings_whatever_url_and_broker_say(
-        self, asked: str
+        self, kind: Kind, asked: str
     ) -> None:
         async with stub_broker() as broker:
             url = broker.url + asked
-            publisher = await StockPublisher.open(
+            publisher = await kind.open(
                 broker.settings(heartbeat_s=7).model_copy(update={"url": type(broker.settings().url)(url)}),
                 confirm_timeout_s=1,
                 name="traps",
@@ -408,9 +425,9 @@ class TestE:
 
     @pytest.mark.parametrize("heartbeat_s", [5, 10])
     async def test_a_silent_connection_is_lost_within_the_bound_and_its_socket_is_closed(
-        self, heartbeat_s: int
+        self, kind: Kind, heartbeat_s: int
     ) -> None:
-        async with stub_broker() as broker, publisher_to(broker, heartbeat_s=heartbeat_s) as publisher:
+        async with stub_broker() as broker, publisher_to(broker, kind, heartbeat_s=heartbeat_s) as publisher:
             broker.last.say_nothing_more()
             with loop_clock() as clock:
                 lost = asyncio.create_task(publisher.wait_lost())
@@ -420,8 +437,8 @@ class TestE:
             assert isinstance(publisher.lost, BrokerUnavailable)
             await broker.last.until(lambda line: line.ended)
 
-    async def test_a_connection_that_beats_lives(self) -> None:
-        async with stub_broker() as broker, publisher_to(broker, heartbeat_s=5) as publisher:
+    async def test_a_connection_that_beats_lives(self, kind: Kind) -> None:
+        async with stub_broker() as broker, publisher_to(broker, kind, heartbeat_s=5) as publisher:
             with loop_clock() as clock:
                 for _ in range(12):
                     broker.last.beat()
@@ -443,19 +460,21 @@ class TestF:
             await until(lambda: not would_wait(channel.connection.ready()))
 
     @pytest.mark.parametrize("alarm", [True, False])
-    async def test_being_late_is_no_messages_fault_while_the_broker_takes_nothing(self, alarm: bool) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.2) as publisher:
+    async def test_being_late_is_no_messages_fault_while_the_broker_takes_nothing(
+        self, kind: Kind, alarm: bool
+    ) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind, confirm_timeout_s=0.2) as publisher:
             if alarm:
                 broker.last.block()
-                await until(publisher._is_blocked)
+                await until(lambda: knows_of_the_alarm(publisher))
             outcomes = await publisher.publish(messages(2))
             assert [o.timed_out for o in outcomes if isinstance(o, Unknown)] == [not alarm] * 2
             assert not publisher.message_is_suspect
 
-    async def test_an_alarm_that_ends_in_time_costs_nothing(self) -> None:
-        async with stub_broker() as broker, publisher_to(broker) as publisher:
+    async def test_an_alarm_that_ends_in_time_costs_nothing(self, kind: Kind) -> None:
+        async with stub_broker() as broker, publisher_to(broker, kind) as publisher:
             broker.last.block()
-            await until(publisher._is_blocked)
+            await until(lambda: knows_of_the_alarm(publisher))
             publishing = asyncio.create_task(publisher.publish(messages(20)))
             await turns()
             assert not publishing.done()
@@ -463,10 +482,12 @@ class TestF:
             assert await publishing == [Confirmed()] * 20
             assert len(broker.lines) == 1
 
-    async def test_closing_is_bounded_although_the_goodbye_is_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_closing_is_bounded_although_the_goodbye_is_not_read(
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.2)
         async with stub_broker(silence) as broker:
-            publisher = await StockPublisher.open(broker.settings(), confirm_timeout_s=30, name="traps")
+            publisher = await kind.open(broker.settings(), confirm_timeout_s=30, name="traps")
             broker.last.block()
             publishing = asyncio.create_task(publisher.publish([message("m", body=MEGABYTE * 8)]))
             await turns()
@@ -475,20 +496,22 @@ class TestF:
                 assert [type(o) for o in await publishing] == [Unknown]
 
     async def test_opening_gives_up_in_time_on_a_connection_that_is_blocked_from_the_start(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, kind: Kind, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(session, "CLOSE_TIMEOUT_S", 0.1)
         async with stub_broker() as broker:
             broker.on_connect = lambda line: line.grant_and_block()
             async with asyncio.timeout(2):
                 with pytest.raises(BrokerUnavailable, match="no answer in time"):
-                    await StockPublisher.open(broker.settings(connect_timeout_s=0.2), confirm_timeout_s=1, name="traps")
+                    await kind.open(broker.settings(connect_timeout_s=0.2), confirm_timeout_s=1, name="traps")
 
-    async def test_a_broker_that_confirms_nothing_for_ten_minutes_sees_no_storm_of_connections(self) -> None:
+    async def test_a_broker_that_confirms_nothing_for_ten_minutes_sees_no_storm_of_connections(
+        self, kind: Kind
+    ) -> None:
         stop = asyncio.Event()
 
         async def publishing(broker: StubBroker) -> None:
-            publisher = await StockPublisher.open(broker.settings(), confirm_timeout_s=30, name="traps")
+            publisher = await kind.open(broker.settings(), confirm_timeout_s=30, name="traps")
             try:
                 await publisher.publish(messages(1))
                 assert isinstance(publisher.lost, RelayError)
@@ -507,6 +530,10 @@ class TestF:
                 assert broker.client_sockets() <= 1, "sockets are left behind"
                 running.cancel()
                 await settle(running)
+
+
+def knows_of_the_alarm(publisher: StockPublisher | FastPublisher) -> bool:
+    return publisher._is_blocked() if isinstance(publisher, StockPublisher) else publisher._transport.blocked
 
 
 def would_wait(call: Coroutine[Any, Any, None]) -> bool:
@@ -554,8 +581,8 @@ class TestG:
                 await publisher.publish(messages(1))
             assert watchers(publisher) == before
 
-    async def test_a_channel_that_ends_alone_ends_the_session(self) -> None:
-        async with stub_broker() as broker, publisher_to(broker) as publisher:
+    async def test_a_channel_that_ends_alone_ends_the_session(self, kind: Kind) -> None:
+        async with stub_broker() as broker, publisher_to(broker, kind) as publisher:
             lost = asyncio.create_task(publisher.wait_lost())
             await turns()
             broker.last.close_channel(504, "CHANNEL_ERROR")
@@ -564,8 +591,9 @@ class TestG:
             assert [type(o) for o in await publisher.publish(messages(1))] == [Unknown]
 
 
-def watchers(publisher: StockPublisher) -> int:
+def watchers(publisher: StockPublisher | FastPublisher) -> int:
     """Futures that hang on the end of the connection: inside the library, where they pile up."""
+    assert isinstance(publisher, StockPublisher)
     assert publisher._session.transport is not None
     return len(publisher._session.transport.connection._closing._callbacks or ())  # type: ignore[attr-defined]
 
@@ -588,17 +616,19 @@ class TestI:
         [{"f": 0.5}, {"n" * 129: "x"}, {"ä" * 65: 1}, {"d": Decimal(1)}, {"t": {"a": 1}}, {"a": [1]}, {"none": None}],
         ids=lambda headers: f"{type(next(iter(headers.values()))).__name__} {len(next(iter(headers)))}",
     )
-    async def test_a_header_that_would_not_arrive_as_it_is_is_refused(self, headers: dict[str, Any]) -> None:
-        async with stub_broker() as broker, publisher_to(broker) as publisher:
+    async def test_a_header_that_would_not_arrive_as_it_is_is_refused(
+        self, kind: Kind, headers: dict[str, Any]
+    ) -> None:
+        async with stub_broker() as broker, publisher_to(broker, kind) as publisher:
             outcomes = await publisher.publish([message("a"), message("b", headers=headers), message("c")])
             assert [type(o) for o in outcomes] == [Confirmed, Refused, Confirmed]
             assert [m.message_id for m in broker.last.published] == ["a", "c"]
 
-    async def test_every_header_that_is_sent_arrives_as_it_is(self) -> None:
+    async def test_every_header_that_is_sent_arrives_as_it_is(self, kind: Kind) -> None:
         numbers = [0, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1]
         headers: dict[str, Any] = {f"n{n}": n for n in numbers} | {f"m{n}": -n for n in numbers}
         headers |= {"least": -(2**63), "yes": True, "no": False, "empty": "", "text": "é\0\n", "n" * 128: "long"}
-        async with stub_broker() as broker, publisher_to(broker) as publisher:
+        async with stub_broker() as broker, publisher_to(broker, kind) as publisher:
             assert await publisher.publish([message("m", headers=headers)]) == [Confirmed()]
             (arrived,) = broker.last.published
             assert arrived.properties.headers == headers
@@ -611,8 +641,8 @@ class TestI:
 
 
 class TestJ:
-    async def test_a_multiple_answer_is_for_all_up_to_its_tag_and_for_no_other(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker) as publisher:
+    async def test_a_multiple_answer_is_for_all_up_to_its_tag_and_for_no_other(self, kind: Kind) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind) as publisher:
             publishing = asyncio.create_task(publisher.publish(messages(10)))
             await broker.last.until(seen(10))
             line = broker.last
@@ -634,8 +664,8 @@ class TestJ:
             broker.last.ack(99, multiple=multiple)
             assert [type(o) for o in await publishing] == [Unknown] * 3
 
-    async def test_an_ack_that_comes_twice_confirms_nobody_else(self) -> None:
-        async with stub_broker(silence) as broker, publisher_to(broker, confirm_timeout_s=0.2) as publisher:
+    async def test_an_ack_that_comes_twice_confirms_nobody_else(self, kind: Kind) -> None:
+        async with stub_broker(silence) as broker, publisher_to(broker, kind, confirm_timeout_s=0.2) as publisher:
             publishing = asyncio.create_task(publisher.publish(messages(2)))
             await broker.last.until(seen(2))
             broker.last.ack(1)
