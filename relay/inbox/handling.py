@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import SUSPECTED, HandlerFailed
 from relay.inbox.handlers import Inbox
 from relay.inbox.plan import Ready, calls
-from relay.inbox.sequencer import Arrival, Key
+from relay.inbox.sequencer import Arrival, Key, Placed
 from relay.inbox.stats import Tally
 
 
@@ -48,6 +50,19 @@ class Handling:
             self._refuse_known(arrival)
             self._refuse_unforeseen(arrival)
         self._postponed.append((handler, key, arrival))
+        return True
+
+    def postpone_all(self, placed: Sequence[Placed]) -> bool:
+        """`postpone` for many, if nothing is known against anybody. False: nothing of it is put down."""
+        if not self._postpones or self._any_charges:
+            return False
+        handler, add, before = self._inbox.handler, self._postponed.append, len(self._postponed)
+        for key, arrival in placed:
+            event = arrival.event
+            if (found := None if event.is_tombstone else handler(event)) is not None:
+                add((found, key, arrival))
+        if skipped := len(placed) - (len(self._postponed) - before):
+            self._tally.add("skipped", skipped)
         return True
 
     async def call_postponed(self) -> None:

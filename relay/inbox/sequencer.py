@@ -56,6 +56,10 @@ class Arrival(NamedTuple):
         return (self.event.source, self.event.message_id)
 
 
+Placed = tuple[Key | None, Arrival]
+"""An arrival with the aggregate whose order it is in; None: without order."""
+
+
 class Refusal(Enum):
     """Why an arrival is not applied and need not be held."""
 

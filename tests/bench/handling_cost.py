@@ -53,7 +53,7 @@ class Memory(Store):
 
     async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
         """As they were written last."""
-        return {key: self.cursors.get(key) or Cursor(has_held=False) for key in keys}
+        return {key: self.cursors.get(key, Cursor())._replace(has_held=False) for key in keys}
 
     async def write_cursors(self, cursors: Mapping[Key, Cursor]) -> None:
         """Remember them."""

@@ -140,7 +140,7 @@ class InboxDatabase(Server):
 
     # --- cursors
 
-    async def _lock_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> list[tuple[Any, ...]]:
+    async def _lock_cursors(self, session: Session, _consumer: str, *columns: Any) -> list[tuple[Any, ...]]:
         """What exists when the statement begins, each as it is once its lock is ours."""
         found = []
         for place, key in enumerate(_keys(*columns), start=1):
@@ -152,7 +152,7 @@ class InboxDatabase(Server):
             found.append((place, row.last_seq, row.last_digest, row.blocked))
         return found
 
-    async def _create_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> list[Key]:
+    async def _create_cursors(self, session: Session, _consumer: str, *columns: Any) -> list[Key]:
         created = []
         for key in _keys(*columns):
             if self.locks_cursors:
@@ -162,12 +162,12 @@ class InboxDatabase(Server):
                 created.append(key)
         return created
 
-    def _lines_with_held(self, session: Session, _consumer: str, *columns: list[Any]) -> list[dict[str, Any]]:
+    def _lines_with_held(self, session: Session, _consumer: str, *columns: Any) -> list[dict[str, Any]]:
         held = {row.key for row in self.held(session).values() if row.seq is not None}
         places = [place for place, key in enumerate(_keys(*columns), start=1) if key in held]
         return [{"transaction_id": self._transaction_id(session), "places": places}]
 
-    def _write_cursors(self, session: Session, _consumer: str, *columns: list[Any]) -> str:
+    def _write_cursors(self, session: Session, _consumer: str, *columns: Any) -> str:
         last_seqs, digests, blocked = columns[4:]
         known = [None if digest is None else bytes.fromhex(digest.removeprefix("\\x")) for digest in _array(digests)]
         rows = zip(_keys(*columns[:4]), _array(last_seqs), known, strict=True)
@@ -313,7 +313,7 @@ class InboxDatabase(Server):
             await self.lock(session, ("held", held_id))
             self.write(session, "held", held_id, None)
 
-    def _insert_held(self, session: Session, _consumer: str, *columns: list[Any]) -> list[dict[str, Any]]:
+    def _insert_held(self, session: Session, _consumer: str, *columns: Any) -> list[dict[str, Any]]:
         """ON CONFLICT DO NOTHING: by number within an aggregate, or by message id without one."""
         taken = {_identity(row.event) for row in self.held(session).values()}
         rows = [dict(zip(_HELD, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -357,14 +357,14 @@ class InboxDatabase(Server):
         given = {"message_id": message_id, "event_type": event_type, "content_type": content_type}
         await self._change(session, row, event=row.event | given | {"headers": headers, "body": body, "digest": digest})
 
-    async def _update_held(self, session: Session, *columns: list[Any]) -> None:
+    async def _update_held(self, session: Session, *columns: Any) -> None:
         for held_id, reason, state, attempts, _error, delay in zip(*columns, strict=True):
             row = self.held(session).get(held_id)
             at = None if delay is None else self._now() + delay
             if row is not None:
                 await self._change(session, row, reason=reason, state=state, attempts=attempts, next_attempt_at=at)
 
-    def _insert_quarantine(self, session: Session, _consumer: str, *columns: list[Any]) -> None:
+    def _insert_quarantine(self, session: Session, _consumer: str, *columns: Any) -> None:
         for reason, message_id in zip(columns[0], columns[2], strict=True):
             self.write(session, "quarantine", self._id(), (reason, message_id))
 

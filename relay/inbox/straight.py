@@ -1,0 +1,36 @@
+"""The usual batch, recognised as a whole: every event is the next one of its aggregate, and nothing is held of any. Pure.
+
+What a `Line` for each aggregate would come to is then known beforehand: everything is applied in the order it came in, nothing is
+refused and nothing left over. A batch that differs in one event is not for here: the lines take all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from relay.inbox.sequencer import Cursor, Key, Placed
+from relay.message import Event
+
+
+def cursors_after(placed: Iterable[Placed], cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor] | None:
+    """Where the cursors are when all of it has been applied, in this order. None: that is for the lines to find out."""
+    last: dict[Key, int] = {}
+    for name, (last_seq, _, blocked, has_held) in cursors.items():
+        if blocked or has_held:
+            return None
+        last[name] = last_seq
+    newest: dict[Key, Event] = {}
+    for key, arrival in placed:
+        if key is None:
+            return None
+        event = arrival.event
+        last[key] = seq = last[key] + 1
+        if event.seq != seq:
+            return None
+        newest[key] = event
+    return {key: Cursor(last[key], _compared(event), False) for key, event in newest.items()}
+
+
+def _compared(event: Event) -> bytes | None:
+    """What another message with its number is compared with; a tombstone with nothing."""
+    return None if event.is_tombstone else event.digest
