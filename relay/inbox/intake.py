@@ -60,7 +60,11 @@ class Intake:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Intake]:
-        """Within it, deliveries are received, at most `ahead` and BATCH_BYTES before they are taken."""
+        """Within it, deliveries are received, at most `ahead` of them and no more once BATCH_BYTES of bodies wait to be taken.
+
+        They, what waits at the consumer and the batch at work are bounded together by the consumer, which counts until they are
+        acknowledged: see relay.rabbitmq.fast_consumer.
+        """
         task = asyncio.create_task(self._run())
         try:
             yield self
@@ -76,7 +80,7 @@ class Intake:
             raise self._error
 
     def take(self, limit: int) -> Taken:
-        """The next deliveries, at most `limit` and BATCH_BYTES. Only after `wait`."""
+        """The next deliveries, at most `limit` and BATCH_BYTES of bodies, one at least. Only after `wait`."""
         found = self._all() if len(self._ready) <= limit and self._bytes <= BATCH_BYTES else self._first(limit)
         self._room.set()
         others = [one.thing for one in found if isinstance(one, _Other)]

@@ -2,6 +2,9 @@
 
 aiormq's DeliveredMessage is taken from the underlay channel: aio-pika's IncomingMessage raises for a delivery mode it does
 not know, in a task where nobody sees it, and the message would occupy a prefetch slot for ever (RELIABILITY 3-H).
+
+Memory is bounded by the prefetch alone: so many of the largest messages that anybody may publish, with properties that take up to
+32 times their size on the wire. Only the fast consumer, which reads the socket itself, has a bound in bytes.
 """
 
 from __future__ import annotations

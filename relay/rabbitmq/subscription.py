@@ -15,9 +15,9 @@ from relay.rabbitmq.session import CLOSE_TIMEOUT_S, Session, broker_errors, clos
 ACK_TIMEOUT_S = 10.0
 """Longest wait for room in aiormq's write queue; a broker that takes nothing for so long has ended the session."""
 
-BATCH_BYTES = 64 * 1024 * 1024
-"""Most bytes of bodies that `receive` hands out at once (the first message always fits): RabbitMQ bounds what is on its way
-by count only, and a batch is copied several times on its way into a transaction."""
+BATCH_BYTES = 32 * 1024 * 1024
+"""Most bytes that `receive` hands out at once, and of bodies that are put into one transaction (the first message always fits): they
+are copied several times on their way. Half of what a fast consumer holds: while one batch is applied, the next is received."""
 
 T = TypeVar("T")
 

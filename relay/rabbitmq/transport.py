@@ -40,8 +40,8 @@ class SplitTransport(aiormq.TransportFactory):
         self._writer: asyncio.StreamWriter | None = None
         self.lost: asyncio.Future[BrokerUnavailable] = self._loop.create_future()
         self.broken: BrokerUnavailable | None = None
-        self.after_data: Callable[[], object] | None = None
-        """Called once after each piece of the stream, when the sinks have got what was in it. Like a sink, it may raise."""
+        self.after_data: Callable[[int], object] | None = None
+        """Called once after each piece of the stream, with its length, when the sinks have got what was in it. Like a sink, it may raise."""
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """What aiormq's own factories do, around our protocol."""
@@ -72,6 +72,25 @@ class SplitTransport(aiormq.TransportFactory):
             raise BrokerUnavailable("the connection was never opened")
         return self._writer
 
+    def pause(self) -> None:
+        """Read nothing more of the socket until `resume`. Both are safe at any time, and twice.
+
+        A broker ends a connection on which nothing is read for long: see relay.rabbitmq.backpressure.
+        """
+        if (socket := self._open_socket()) is not None:
+            socket.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if (socket := self._open_socket()) is not None:
+            socket.resume_reading()
+
+    def _open_socket(self) -> asyncio.Transport | None:
+        """None before it was opened and after its end: uvloop's transports raise then."""
+        if self._writer is None or self._writer.is_closing():
+            return None
+        return cast("asyncio.Transport", self._writer.transport)
+
     @property
     def blocked(self) -> bool:
         """True while RabbitMQ has an alarm and takes no messages. It says so only after the first one that it does not take."""
@@ -85,7 +104,7 @@ class SplitTransport(aiormq.TransportFactory):
         """For the protocol: take what has arrived, return what is aiormq's."""
         rest = self._splitter.feed(data)
         if self.after_data is not None:
-            self.after_data()
+            self.after_data(len(data))
         return rest
 
 

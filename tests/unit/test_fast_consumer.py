@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import struct
+import tracemalloc
 from datetime import UTC, datetime
 from typing import Any
 
@@ -106,3 +108,32 @@ def test_a_message_larger_than_is_kept_in_memory_is_left_to_the_delivery_limit()
     """Acknowledged it would be lost: nothing has its body."""
     with pytest.raises(UnreadableMessage, match="larger than 134217728 bytes"):
         fast(b"\0\0", None)
+
+
+def tables_in_tables(deep: int) -> bytes:
+    """A header whose many tables are read into far more memory than any other shape of so many bytes."""
+    table = b"\0V"
+    for _ in range(deep):
+        table = b"\0F" + struct.pack(">I", len(table)) + table
+    one = b"F" + struct.pack(">I", len(table)) + table
+    many = one * (60_000 // len(one))
+    headers = b"\1aA" + struct.pack(">I", len(many)) + many
+    return struct.pack(">HI", 0x2000, len(headers)) + headers
+
+
+@pytest.mark.parametrize("block", [b"\0\0", tables_in_tables(1), tables_in_tables(28)], ids=["none", "flat", "deep"])
+def test_a_message_counts_at_least_what_it_takes(block: bytes) -> None:
+    """Read or not: what counts is what it will be, 60 kB of properties may be two megabytes."""
+    body = bytes(10_000)
+    fast(block, body)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        whole = (bytes(bytearray(WIRE)), bytes(bytearray(block)), bytes(bytearray(body)))
+        unread, _ = tracemalloc.get_traced_memory()
+        delivery = fast_consumer._delivery(*whole)
+        as_read = tracemalloc.get_traced_memory()[0] - len(block)
+    finally:
+        tracemalloc.stop()
+    assert delivery.fault is None
+    assert max(unread, as_read) <= fast_consumer._size((WIRE, block, body))
