@@ -134,11 +134,13 @@ async def consumer_killed(stage: Stage, dice: random.Random) -> int:
 
 @fault("all consumers killed", rows=(21, 23), touches=("consumer",))
 async def all_consumers_killed(stage: Stage, dice: random.Random) -> int:
-    """Nobody consumes until a supervisor has started them again."""
+    """Nobody consumes until a supervisor has started them again, which is when the fault is over: as with both relays."""
     for consumer in stage.consumers:
         await at_work(stage, consumer)
     await asyncio.sleep(dice.uniform(0, 0.5))
     codes = await asyncio.gather(*(consumer.kill9() for consumer in stage.consumers))
+    for consumer in stage.consumers:
+        await at_work(stage, consumer)
     return int(all(code == KILLED for code in codes))
 
 
