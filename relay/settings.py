@@ -231,8 +231,18 @@ class InboxSettings(_Section):
     policies: Mapping[str, Policy] = Field(
         default_factory=dict, description="Policy by aggregate type, where it differs from `policy`."
     )
-    batch: int = Field(500, ge=1, le=20000, description="Most messages applied in one transaction.")
-    prefetch: int = Field(1000, ge=1, le=65535, description="Most unacknowledged messages at this consumer.")
+    batch: int = Field(
+        500,
+        ge=1,
+        le=20000,
+        description="Most messages applied in one transaction, and 32 MiB of bodies; fewer where that would take longer than a second.",
+    )
+    prefetch: int = Field(
+        1000,
+        ge=1,
+        le=65535,
+        description="Most unacknowledged messages at this consumer. Memory is bounded by 64 MiB of them with rabbitmq.client = fast, by their number alone with stock.",
+    )
     appliers: int = Field(
         1,
         ge=1,
