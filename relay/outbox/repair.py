@@ -2,8 +2,9 @@
 
 Runs beside the pipeline, on connections of its own. A request is acknowledged when it is answered, so that an answer that breaks
 off (this relay dies, or stops, or loses a connection) is begun again at once, here or by another relay: the inbox, which cannot
-tell that from a slow answer, asks again only half a minute later. One that was delivered before is acknowledged first: whatever
-becomes of it, an inbox that still misses something asks again, and no request can be the end of this service more than twice.
+tell that from a slow answer, asks again only half a minute later. A long answer is acknowledged on the way, so as not to be sent
+twice, and a request that was delivered before is acknowledged first: whatever becomes of it, an inbox that still misses something
+asks again, and no request can be the end of this service more than twice.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ _AT_ONCE = 100
 _LINGER_S = 30.0
 """How long the connections for answering are kept after the last request."""
 
+_REDONE_S = 10.0
+"""An answer that breaks off later is not begun again: much of it has arrived, and the inbox asks for the rest."""
+
 _UNAVAILABLE_S = 60.0
 """Time between two looks for a queue that this user may not declare."""
 
@@ -63,6 +67,9 @@ class Repair:
         self._source = source
         self._queue = RepairQueue(source=source)
         self._told_unavailable = False
+        self._clock = asyncio.get_running_loop().time
+        self._taken: tuple[Consumer, int] | None = None  # the tag of the request that is to be acknowledged
+        self._taken_at = 0.0
         self.answered = 0  # requests
         self.resent = 0  # rows
 
@@ -98,15 +105,21 @@ class Repair:
         """The first request and those after it, until none has come for a while."""
         delivery: Delivery | None = first
         while delivery is not None:
+            self._taken, self._taken_at = (consumer, delivery.tag), self._clock()
             if delivery.redelivered:
-                await consumer.acknowledge(delivery.tag)
+                await self._acknowledge()
             reached(Point.REPAIR_TAKEN)
             await self._answer(delivery, answerer)
             reached(Point.REPAIR_ANSWERED)
-            if not delivery.redelivered:
-                await consumer.acknowledge(delivery.tag)
+            await self._acknowledge()
             self.answered += 1
             delivery = await _next(consumer)
+
+    async def _acknowledge(self) -> None:
+        """The request that is being answered; once."""
+        if self._taken is not None:
+            (consumer, tag), self._taken = self._taken, None
+            await consumer.acknowledge(tag)
 
     async def _answer(self, delivery: Delivery, answerer: _Answerer) -> None:
         try:
@@ -155,6 +168,8 @@ class Repair:
         await _publish([to_message(row, source=self._source, routing_key=queue) for row in rows], answerer.publisher)
         reached(Point.REPAIR_SENT)
         self.resent += len(rows)
+        if self._clock() - self._taken_at > _REDONE_S:
+            await self._acknowledge()
 
     async def _say_gone(self, gone: Gone, request: RepairRequest, answerer: _Answerer) -> None:
         for start in range(0, len(gone.ranges), MAX_RANGES):
