@@ -65,7 +65,7 @@ class Row(NamedTuple):
     content_type: str  # never empty: a default stands for what the producer left out
     headers: Mapping[str, Header]  # shared between rows that have the same: never changed
     routing_key: str | None  # the row's own; None: by the template
-    created_at: datetime
+    created_at: datetime  # to the second at least: a message says no more
     body: bytes
     is_tombstone: bool = False  # an operator skipped or purged it: its number is published, its content is not
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import lru_cache
 from operator import itemgetter
 from types import MappingProxyType
@@ -24,6 +25,7 @@ _REMEMBERED_CHARACTERS = 512
 """Parsed headers remembered, by their text, and the longest such text: about a megabyte at most."""
 
 _columns = itemgetter(*Row._fields)
+_PAGE_COLUMNS = tuple("created_s" if name == "created_at" else name for name in Row._fields)
 _new = tuple.__new__
 
 
@@ -72,26 +74,26 @@ class Reader:
 
 def to_row(record: asyncpg.Record) -> Row:
     """A record of the log as a value: every query that is read into rows gives Row's columns, the headers as text or null."""
-    return _row(_columns(record))
+    return _row(_columns(record), record["created_at"])
 
 
 def to_rows(records: Sequence[asyncpg.Record]) -> list[Row]:
-    """The same for a page, by the place of the columns, which costs half as much: they must be there side by side, in Row's order."""
+    """The same for a page, at a third of the cost: its columns are side by side in Row's order, and the time is in whole seconds."""
     if not records:
         return []
     place = _place(records[0])
-    return [_row(record[place]) for record in records]
+    return [_row(record[place], _moment(record["created_s"])) for record in records]
 
 
 def _place(record: asyncpg.Record) -> slice:
     names = (*record.keys(),)
-    place = slice(start := names.index("id"), start + len(Row._fields))
-    if names[place] != Row._fields:
+    place = slice(start := names.index("id"), start + len(_PAGE_COLUMNS))
+    if names[place] != _PAGE_COLUMNS:
         raise ValueError(f"columns that are not those of a row, in its order: {names[place]}")
     return place
 
 
-def _row(columns: tuple[Any, ...]) -> Row:
+def _row(columns: tuple[Any, ...], created_at: datetime) -> Row:
     (
         row_id,
         aggregate_type,
@@ -101,7 +103,7 @@ def _row(columns: tuple[Any, ...]) -> Row:
         content_type,
         headers,
         routing_key,
-        created_at,
+        _,
         body,
         is_tombstone,
     ) = columns
@@ -121,6 +123,12 @@ def _row(columns: tuple[Any, ...]) -> Row:
             is_tombstone,
         ),
     )
+
+
+@lru_cache(_REMEMBERED)
+def _moment(seconds: int) -> datetime:
+    """Rows that are read one after the other were mostly created in the same second."""
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _headers(text: str) -> Mapping[str, Header]:

@@ -1,12 +1,13 @@
 """The frames of a message, as they go to RabbitMQ: basic.publish, content header, body. Pure.
 
-Always mandatory and persistent. What seldom changes (routing keys, types, names of headers) is encoded once and remembered.
+Always mandatory and persistent. What seldom changes (routing keys, types, names of headers, the second) is encoded once and remembered.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 from relay.message import MAX_BODY_BYTES, Message
@@ -97,6 +98,7 @@ class Encoder:
         self._kinds: _Memory[tuple[str, str, str], _Kind] = _Memory(_kind)
         self._texts: _Memory[str, bytes] = _Memory(lambda name: _name(name) + b"S")
         self._numbers: _Memory[str, bytes] = _Memory(lambda name: _name(name) + b"l")
+        self._times: _Memory[datetime, bytes] = _Memory(_time)
 
     def encode(self, message: Message) -> bytes:
         """All frames of a message. Raises Unencodable for exactly those messages that `refusals.unsendable` refuses."""
@@ -111,9 +113,10 @@ class Encoder:
 
         It has no rules of its own: what does not fit into its place raises, and what fits but may be too much is asked about.
         """
+        message_id, event_type, source, content_type, occurred_at, routing_key, given, body = message
         fields: list[bytes] = []
         add, texts, numbers = fields.append, self._texts, self._numbers
-        for name, value in message.headers.items():
+        for name, value in given.items():
             if isinstance(value, str):
                 text = value.encode()
                 add(texts[name])
@@ -125,16 +128,14 @@ class Encoder:
             else:
                 add(_odd_field(name, value))
         headers = b"".join(fields)
-        body = message.body
-        since = message.occurred_at - EPOCH
-        if len(headers) > _SURELY_ALLOWED or len(body) > MAX_BODY_BYTES or not 0 <= since.days < DAYS:
+        if len(headers) > _SURELY_ALLOWED or len(body) > MAX_BODY_BYTES:
             _ask_about(message)
-        flags, content_type, tail, size = self._kinds[message.content_type, message.event_type, message.source]
-        message_id = message.message_id.encode()
-        before_id = _PERSISTENT_AND_LENGTH[len(message_id)]
-        if message_id:
+        flags, before_headers, tail, size = self._kinds[content_type, event_type, source]
+        own_id = message_id.encode()
+        before_id = _PERSISTENT_AND_LENGTH[len(own_id)]
+        if own_id:
             flags |= _MESSAGE_ID
-        size += len(headers) + len(before_id) + len(message_id)
+        size += len(headers) + len(before_id) + len(own_id)
         if 0 < len(body) <= self._max_payload:
             before_body = _body(_END, _BODY, self._channel, len(body))
             content = body
@@ -142,14 +143,14 @@ class Encoder:
             before_body, content = b"", self._split(body)
         return b"".join(
             (
-                self._methods[message.routing_key],
+                self._methods[routing_key],
                 _header(_HEADER, self._channel, size, _BASIC, 0, len(body), flags),
-                content_type,
+                before_headers,
                 _u32(len(headers)),
                 headers,
                 before_id,
-                message_id,
-                _u64(since.days * 86400 + since.seconds),
+                own_id,
+                self._times[occurred_at],
                 tail,
                 before_body,
                 content,
@@ -178,6 +179,14 @@ def _kind(of: tuple[str, str, str]) -> _Kind:
         if text:
             flags |= flag
     return _Kind(flags, content_type, event_type + source, _FIXED + len(content_type + event_type + source))
+
+
+def _time(moment: datetime) -> bytes:
+    """Whole seconds since 1970. Raises TypeError for a time without a zone, ValueError for one that has no AMQP timestamp."""
+    since = moment - EPOCH
+    if not 0 <= since.days < DAYS:
+        raise ValueError("a time that has no AMQP timestamp")
+    return _u64(since.days * 86400 + since.seconds)
 
 
 def _odd_field(name: str, value: object) -> bytes:

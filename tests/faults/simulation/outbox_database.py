@@ -211,7 +211,10 @@ class OutboxDatabase(Server):
         for row in found:
             if size >= most_bytes:
                 break
-            page.append(Record({"page_rows": len(found)} | row.record))
+            columns = (
+                (n, v) if n != "created_at" else ("created_s", int(v.timestamp())) for n, v in row.record.items()
+            )
+            page.append(Record({"page_rows": len(found)} | dict(columns)))
             size += row.record["size"]
         return page
 
