@@ -7,6 +7,7 @@ from datetime import datetime
 import pytest
 from pydantic import SecretStr
 
+from relay.message import Row
 from relay.outbox.cursor import Position, Snapshot
 from relay.outbox.reader import Reader
 from relay.postgres.connect import connection
@@ -41,7 +42,8 @@ async def test_the_time_of_a_row_is_its_own_to_the_second_and_never_rounded_up(d
         for moment in MOMENTS[1:]:
             await writing.execute(INSERT, datetime.fromisoformat(moment))
         position = Position(Snapshot(1, 1)).after(before)
-        found, pages = [], 0
+        found: list[Row] = []
+        pages = 0
         while not (page := await reader.read(position)).empty:
             found += page.rows
             pages += 1
