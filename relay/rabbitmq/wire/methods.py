@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 from relay.rabbitmq.wire.frames import FrameError
 
@@ -16,15 +17,20 @@ def deliver(method: bytes) -> tuple[int, bool, str, str]:
         at = 5 + method[4]  # behind the consumer tag
         (tag,) = _u64(method, at)
         redelivered = method[at + 8] & 1 == 1
-        at += 9
-        end = at + 1 + method[at]
-        exchange = method[at + 1 : end]
-        key = method[end + 1 :]
-        if len(key) != method[end]:
-            raise FrameError("a basic.deliver with a wrong length")
+        exchange, key = _exchange_and_key(method[at + 9 :])
     except (IndexError, struct.error):
         raise FrameError("a basic.deliver that is too short") from None
-    return tag, redelivered, _name(exchange), _name(key)
+    return tag, redelivered, exchange, key
+
+
+@lru_cache(maxsize=1000)
+def _exchange_and_key(names: bytes) -> tuple[str, str]:
+    """Remembered: a stream has few routing keys. What is refused is not."""
+    end = 1 + names[0]
+    key = names[end + 1 :]
+    if len(key) != names[end]:
+        raise FrameError("a basic.deliver with a wrong length")
+    return _name(names[1:end]), _name(key)
 
 
 def returned(method: bytes) -> tuple[int, str, str, str]:

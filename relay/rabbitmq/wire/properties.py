@@ -12,10 +12,12 @@ import struct
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from relay.message import OWN_HEADERS
+from relay.rabbitmq.wire.layouts import Layouts, Values
 
 
 class Malformed(ValueError):
@@ -63,6 +65,10 @@ _MODES = tuple(MappingProxyType({"delivery_mode": mode}) for mode in range(256))
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 _STRING, _INT64, _ARRAY, _FIELDS = 0x53, 0x6C, 0x41, 0x46  # S, l, A, F
+_layouts = Layouts()
+_properties = partial(tuple.__new__, Properties)
+"""Properties of a tuple: half of the time that the constructor takes, which is a function of Python's."""
+
 _u32 = struct.Struct(">I").unpack_from
 _u64 = struct.Struct(">Q").unpack_from
 _i64 = struct.Struct(">q").unpack_from
@@ -82,6 +88,17 @@ def read(block: bytes) -> Properties:
 
 def _usual(block: bytes) -> Properties:
     """The same as `_any` for the flags of a relay's message, which all that matters here has: several times faster."""
+    if (values := _layouts.read(block)) is None:
+        values = _step_by_step(block)
+        _layouts.missed(block)
+    content_type, headers, mode, message_id, seconds, event_type, source = values
+    others = _MODES[mode]
+    if (occurred_at := _instant(seconds)) is None:
+        others = MappingProxyType({"delivery_mode": mode, "timestamp": seconds})
+    return _properties((message_id, event_type, source, content_type, occurred_at, headers, others))
+
+
+def _step_by_step(block: bytes) -> Values:
     at = 3 + block[2]
     content_type = block[3:at].decode()
     end = at + 4 + _u32(block, at)[0]
@@ -96,10 +113,7 @@ def _usual(block: bytes) -> Properties:
     source = block[end + 1 : at].decode()
     if at != len(block):
         raise Malformed("the property block has another length than its values")
-    others = _MODES[mode]
-    if (occurred_at := _instant(seconds)) is None:
-        others = MappingProxyType({"delivery_mode": mode, "timestamp": seconds})
-    return Properties(message_id, event_type, source, content_type, occurred_at, headers, others)
+    return content_type, headers, mode, message_id, seconds, event_type, source
 
 
 def _any(block: bytes) -> Properties:
@@ -187,6 +201,7 @@ def _text(raw: bytes) -> str | bytes:
         return raw
 
 
+@lru_cache(maxsize=1000)
 def _instant(seconds: int) -> datetime | None:
     """A timestamp; None if it is out of range. Some clients send milliseconds."""
     if seconds >= _LAST_S:
