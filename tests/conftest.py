@@ -6,17 +6,26 @@ RELAY_TEST_POSTGRES_DSN and RELAY_TEST_RABBITMQ_URL name servers to use instead 
 
 from __future__ import annotations
 
-import asyncio
-import secrets
-import threading
 from collections.abc import Generator, Iterator
+from contextlib import closing
 
-import asyncpg
 import pytest
 import structlog
 
-from relay.postgres.migrate import migrate
 from relay.sandbox import Postgres, RabbitMQ, find_postgres, find_rabbitmq
+from tests.harness.databases import Databases, fresh_name
+
+WAITING = ("tests/faults/test_smoke.py", "tests/faults/test_whole_path.py")
+"""Tests of a minute and more, most of which is waiting: begun first, so that other tests use the processors meanwhile.
+
+The one that happened to be the last would be waited for by an idle machine.
+"""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In an order that is the same in every worker."""
+    items.sort(key=lambda item: not item.nodeid.startswith(WAITING))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,66 +58,43 @@ def rabbitmq() -> Iterator[RabbitMQ]:
 
 
 @pytest.fixture(scope="session")
-def template_database(postgres: Postgres) -> Iterator[str]:
-    """The name of a database that was migrated once and is cloned for every test. Never connect to it."""
-    name = _fresh_name("template")
-    dsn = postgres.create_database(name)
-    try:
-        _migrate(dsn)
-        yield name
-    finally:
-        postgres.drop_database(name)
+def databases(postgres: Postgres) -> Iterator[Databases]:
+    """Makes databases with relay's schema in the PostgreSQL of the whole run."""
+    with closing(Databases(postgres)) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def template_database(databases: Databases) -> str:
+    """The name of a database that was migrated once and can be cloned. Never connect to it."""
+    return databases.template
 
 
 @pytest.fixture
-def database(postgres: Postgres, template_database: str) -> Iterator[str]:
+def database(databases: Databases) -> Iterator[str]:
     """The DSN of a fresh database with relay's schema."""
-    yield from _database(postgres, template_database)
+    with databases.one() as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def consumer_database(databases: Databases) -> Iterator[str]:
+    """The DSN of a second service's database."""
+    with databases.one("consumer") as dsn:
+        yield dsn
 
 
 @pytest.fixture
 def empty_database(postgres: Postgres) -> Iterator[str]:
     """The DSN of a fresh database without anything in it."""
-    yield from _database(postgres, None)
+    name = fresh_name("test")
+    yield postgres.create_database(name)
+    postgres.drop_database(name)
 
 
 @pytest.fixture
 def broker(rabbitmq: RabbitMQ) -> Iterator[str]:
     """The AMQP URL of a fresh virtual host."""
-    name = _fresh_name("test")
+    name = fresh_name("test")
     yield rabbitmq.create_vhost(name)
     rabbitmq.delete_vhost(name)
-
-
-def _database(postgres: Postgres, template: str | None) -> Iterator[str]:
-    name = _fresh_name("test")
-    yield postgres.create_database(name, template)
-    postgres.drop_database(name)
-
-
-def _fresh_name(purpose: str) -> str:
-    return f"relay_{purpose}_{secrets.token_hex(4)}"
-
-
-def _migrate(dsn: str) -> None:
-    """Migrate in a thread of its own: the test that asked first may have a running event loop."""
-    failure: list[BaseException] = []
-
-    async def run() -> None:
-        connection = await asyncpg.connect(dsn)
-        try:
-            await migrate(connection)
-        finally:
-            await connection.close()
-
-    def target() -> None:
-        try:
-            asyncio.run(run())
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the test's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]

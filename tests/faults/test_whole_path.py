@@ -33,14 +33,6 @@ RECOVERY_S = 90.0
 """Longest time from the end of all faults to the last effect; measured: 5 to 15 s, most of it the broker's own start."""
 
 
-@pytest.fixture
-def consumer_database(postgres: Postgres, template_database: str) -> Any:
-    """A second service's database."""
-    name = f"relay_consumer_{random.randrange(10**9)}"
-    yield postgres.create_database(name, template_database)
-    postgres.drop_database(name)
-
-
 async def prepare(database: str, consumer_database: str) -> None:
     """The services' own tables."""
     async with connected(database) as db:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from relay.message import Row, to_message
 from relay.outbox.marks import Pace
 from relay.rabbitmq.queues import InboxQueue, ensure_queue
 from relay.rabbitmq.session import close, connect
-from relay.sandbox import Postgres
 from relay.settings import Settings
+from tests.harness.databases import Databases
 from tests.harness.outbox import connected, insert, settings_for, until
 
 QUICK = Pace(interval_s=0.1, sweep_s=0.3)
@@ -30,11 +29,10 @@ RARE = Pace(interval_s=3600, sweep_s=3600)
 
 
 @pytest.fixture
-def consumer_database(postgres: Postgres, template_database: str) -> Iterator[str]:
+def consumer_database(databases: Databases) -> Iterator[str]:
     """A second service's database."""
-    name = f"relay_consumer_{secrets.token_hex(4)}"
-    yield postgres.create_database(name, template_database)
-    postgres.drop_database(name)
+    with databases.one("consumer") as dsn:
+        yield dsn
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,6 @@ async def relay(settings: Settings, *arguments: str, timeout_s: float = 60) -> E
 @pytest.fixture
 def settings(database: str, broker: str) -> Settings:
     return settings_for(database, broker, outbox__page_rows=100)
-
-
-@pytest.fixture
-def consumer_database(postgres: Postgres, template_database: str) -> Iterator[str]:
-    """The consumer's own database."""
-    name = f"{template_database}_consumer"
-    yield postgres.create_database(name, template_database)
-    postgres.drop_database(name)
 
 
 @pytest.fixture

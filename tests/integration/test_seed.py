@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,6 @@ from tests.harness.logins import Logins
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, until
 from tests.integration.inbox_harness import recording, stream, world
 from tests.integration.test_replay import Queue, published, write
-
-
-@pytest.fixture
-def consumer_database(postgres: Postgres, template_database: str) -> Iterator[str]:
-    """The consumer's own database."""
-    name = f"{template_database}_consumer"
-    yield postgres.create_database(name, template_database)
-    postgres.drop_database(name)
 
 
 @pytest.fixture
