@@ -236,7 +236,7 @@ def to_event(delivery: Delivery) -> Event:
         event_type,
         _text("message_id", delivery.message_id, 255),
         content_type,
-        {k: v for k, v in headers.items() if k not in OWN_HEADERS and _is_producers(k, v)},
+        _producers(headers),
         delivery.occurred_at,
         delivery.body,
         digest,
@@ -289,6 +289,19 @@ def _event(
     _set_body(event, body)
     _set_digest(event, digest)
     return event
+
+
+def _producers(headers: Mapping[str, Any]) -> dict[str, Header]:
+    """What is left of the headers of an event without ours and the broker's."""
+    rest = {**headers}
+    rest.pop(CONTENT_DIGEST, None)
+    rest.pop(AGGREGATE_TYPE, None)
+    rest.pop(AGGREGATE_ID, None)
+    rest.pop(SEQUENCE, None)
+    for name, value in rest.items():
+        if not _is_producers(name, value):
+            return {name: value for name, value in rest.items() if _is_producers(name, value)}
+    return rest
 
 
 def _is_producers(name: str, value: object) -> bool:

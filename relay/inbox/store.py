@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import asyncpg
@@ -26,6 +27,8 @@ other statements would end our session for that, again and again. A competitor t
 
 _LOCK_ROUNDS = 10
 _NEW = Cursor(has_held=False)
+_cursor = partial(tuple.__new__, Cursor)
+"""A Cursor of a tuple: half of the time that its constructor takes, which is a function of Python's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +171,9 @@ class Store:
     async def _lock(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that exist."""
         rows = await self._fetch_locking("lock_cursors", *columns(keys))
-        return {keys[place - 1]: Cursor(last_seq, digest, blocked, False) for place, last_seq, digest, blocked in rows}
+        return {
+            keys[place - 1]: _cursor((last_seq, digest, blocked, False)) for place, last_seq, digest, blocked in rows
+        }
 
     async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
