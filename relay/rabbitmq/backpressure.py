@@ -55,11 +55,10 @@ class Backpressure:
         self.is_holding_back = False
         self.times = 0  # that it began to hold back
 
-    def hold(self, size: int, on_the_wire: int) -> None:
-        """Count a message in: what it takes here, and what it took to send. Only `settle` acts on it."""
+    def hold(self, size: int, largest: int) -> None:
+        """Count messages in: what they take here, and the largest body among them. Only `settle` acts on it."""
         self.held += size
-        if on_the_wire > self._largest:
-            self._largest = on_the_wire
+        self._largest = max(self._largest, largest)
 
     def release(self, size: int) -> None:
         """Count out what is not needed any more, and read on if that is enough."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from operator import itemgetter
 from types import MappingProxyType
 
 from aiormq.abc import AbstractChannel, DeliveredMessage
@@ -35,8 +36,12 @@ _BLOCK_FACTOR = 32
 _OBJECTS_BYTES = 2048
 """What a message takes beside its body and its properties: its method, its names, the objects that hold them."""
 
+_COUNTED = itemgetter(0)
+_Sized = tuple[int, Content]
+"""(bytes that it counts for, message)"""
 
-class FastConsumer(Subscription[Content]):
+
+class FastConsumer(Subscription[_Sized]):
     """Implements `relay.rabbitmq.contract.Consumer`. One channel on a connection of its own.
 
     A delivery counts from its last byte until its acknowledgement: its body, 32 times its property block, and 2 KiB. While that is
@@ -48,7 +53,8 @@ class FastConsumer(Subscription[Content]):
         self._transport = transport
         self.backpressure = Backpressure(transport.pause, transport.resume, bound=HELD_BYTES)
         self._handed_out: deque[tuple[int, int]] = deque()  # (tag, bytes), until it is acknowledged
-        self._sink = Sink(self._take, max_body=MAX_BODY_BYTES)
+        self._arrived: list[Content] = []  # with the piece of the stream that is being split
+        self._sink = Sink(self._arrived.append, max_body=MAX_BODY_BYTES)
         transport.register(channel.number, self._sink)
         transport.after_data = self._on_data
         transport.lost.add_done_callback(self._on_lost)
@@ -73,9 +79,9 @@ class FastConsumer(Subscription[Content]):
 
     async def receive(self, limit: int) -> list[Delivery]:
         """See the contract."""
-        contents = await self._next(limit, _size)
+        taken = await self._next(limit, _COUNTED)
         try:
-            deliveries = [_delivery(*content) for content in contents]
+            deliveries = [_delivery(*content) for _, content in taken]
         except FrameError as exc:
             error = BrokerUnavailable(f"what RabbitMQ sent cannot be followed: {exc}")
             self._end(error)
@@ -83,9 +89,7 @@ class FastConsumer(Subscription[Content]):
         except UnreadableMessage as exc:
             self._end(exc)
             raise
-        self._handed_out.extend(
-            (delivery.tag, _size(content)) for delivery, content in zip(deliveries, contents, strict=True)
-        )
+        self._handed_out.extend([(delivery.tag, size) for delivery, (size, _) in zip(deliveries, taken, strict=True)])
         return deliveries
 
     async def acknowledge(self, tag: int) -> None:
@@ -96,21 +100,21 @@ class FastConsumer(Subscription[Content]):
             released += self._handed_out.popleft()[1]
         self.backpressure.release(released)
 
-    def _take(self, content: Content) -> None:
-        self._buffer.append(content)
-        _, block, body = content
-        self.backpressure.hold(_size(content), len(block) + len(body or b""))
-
-    def _on_data(self, size: int) -> None:
+    def _on_data(self, received: int) -> None:
+        """Counts a piece's messages together: a call for each would cost as much as all the rest of it."""
+        if self._arrived:
+            sizes = list(map(_size, self._arrived))
+            self._buffer.extend(zip(sizes, self._arrived, strict=True))
+            self.backpressure.hold(sum(sizes), max([len(body or b"") for _, _, body in self._arrived]))
+            self._arrived.clear()
         if self._buffer:
             self._changed.set()
-        self.backpressure.settle(size)
+        self.backpressure.settle(received)
 
     def _end(self, error: BrokerError) -> None:
         """Nothing that comes is handed out any more: it is thrown away, so that the broker's answer to our goodbye can be read."""
         super()._end(error)
         self._sink.on_delivery, self._sink.max_body = _throw_away, 0
-        self._buffer.clear()
         self.backpressure.end()
 
     def _on_lost(self, _: object) -> None:

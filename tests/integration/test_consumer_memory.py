@@ -40,8 +40,8 @@ class Watched(Backpressure):
         super().__init__(pause, resume, bound=bound)
         type(self).made.append(self)
 
-    def hold(self, size: int, on_the_wire: int) -> None:
-        super().hold(size, on_the_wire)
+    def hold(self, size: int, largest: int) -> None:
+        super().hold(size, largest)
         self.most = max(self.most, self.held)
 
 
