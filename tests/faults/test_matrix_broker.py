@@ -18,10 +18,10 @@ from relay.sandbox import RabbitMQ, SandboxRabbitMQ
 from tests.faults.own_servers import own_broker
 from tests.harness.audit import EXCHANGE, audit
 from tests.harness.outbox import connected, insert, until
-from tests.harness.pair import Pair, consumer_database, pair, record
+from tests.harness.pair import Pair, pair, record
 from tests.harness.program import environment, relay
 
-__all__ = ["consumer_database", "own_broker", "pair"]
+__all__ = ["own_broker", "pair"]
 
 
 # --- 12: the exchange is missing

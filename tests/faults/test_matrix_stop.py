@@ -22,10 +22,9 @@ from tests.faults.own_servers import own_broker
 from tests.faults.shop import CONSUMER_TABLES, PRODUCER_TABLES, applied_count, declare_queue, effects_inbox, judge
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, settings_for, until
-from tests.harness.pair import consumer_database
 from tests.harness.program import Program, environment, relay
 
-__all__ = ["consumer_database", "own_broker"]
+__all__ = ["own_broker"]
 
 MEGABYTE = 1024 * 1024
 GOODBYES_S = 10.0

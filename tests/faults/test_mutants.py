@@ -10,9 +10,6 @@ import pytest
 from relay.sandbox import RabbitMQ
 from tests.faults.lab.scene import Scene, scene
 from tests.faults.mutants import MUTANTS, Mutant
-from tests.harness.pair import consumer_database
-
-__all__ = ["consumer_database"]
 
 NAMES = [mutant.name for mutant in MUTANTS]
 

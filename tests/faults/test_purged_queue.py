@@ -18,9 +18,6 @@ from relay.rabbitmq.session import close, connect
 from relay.settings import Settings
 from tests.faults.shop import CONSUMER_TABLES, PRODUCER_TABLES, effects_inbox, judge, keep_booking
 from tests.harness.outbox import connected, settings_for, until
-from tests.harness.pair import consumer_database
-
-__all__ = ["consumer_database"]
 
 PURGED = 10_000
 QUIET = 50

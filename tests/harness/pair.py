@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +19,12 @@ from relay.outbox.marks import Pace
 from relay.rabbitmq.queues import InboxQueue, ensure_queue
 from relay.rabbitmq.session import close, connect
 from relay.settings import Settings
-from tests.harness.databases import Databases
 from tests.harness.outbox import connected, insert, settings_for, until
 
 QUICK = Pace(interval_s=0.1, sweep_s=0.3)
 """Marks often enough that no test waits for them."""
 
 RARE = Pace(interval_s=3600, sweep_s=3600)
-
-
-@pytest.fixture
-def consumer_database(databases: Databases) -> Iterator[str]:
-    """A second service's database."""
-    with databases.one("consumer") as dsn:
-        yield dsn
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from relay.operate.inbox_cursors import Reset
 from relay.operate.selection import Selection
 from tests.harness.acts import act_on, audits
 from tests.harness.outbox import until
-from tests.harness.pair import RARE, Pair, consumer_database, pair, taken
+from tests.harness.pair import RARE, Pair, pair, taken
 from tests.integration.test_gap_repair import a_row, listening, signed
 
-__all__ = ["consumer_database", "pair"]
+__all__ = ["pair"]
 
 ORDER = Selection(aggregate="order/1", consumer="billing")
 

@@ -19,9 +19,9 @@ from relay.outbox.resend import Retained, by_size, holes, portions
 from relay.postgres.connect import connection
 from relay.settings import PostgresSettings
 from tests.harness.outbox import until
-from tests.harness.pair import RARE, Pair, consumer_database, pair, taken
+from tests.harness.pair import RARE, Pair, pair, taken
 
-__all__ = ["consumer_database", "pair"]
+__all__ = ["pair"]
 
 
 async def test_a_message_that_is_lost_in_the_middle_is_sent_again_and_told_once(pair: Pair) -> None:

@@ -19,10 +19,10 @@ from relay.postgres.connect import PLANS, Connection, connection
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
 from tests.harness.outbox import until
-from tests.harness.pair import QUICK, RARE, Pair, consumer_database, pair, taken
+from tests.harness.pair import QUICK, RARE, Pair, pair, taken
 from tests.integration.test_gap_repair import a_row, signed
 
-__all__ = ["consumer_database", "pair"]
+__all__ = ["pair"]
 
 
 async def test_a_lost_last_message_is_missed_and_sent_again(pair: Pair) -> None:

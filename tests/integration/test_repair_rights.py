@@ -14,9 +14,9 @@ from relay.sandbox import Postgres, RabbitMQ
 from relay.settings import Settings
 from tests.harness.logins import Logins
 from tests.harness.outbox import until
-from tests.harness.pair import Pair, consumer_database, pair
+from tests.harness.pair import Pair, pair
 
-__all__ = ["consumer_database", "pair"]
+__all__ = ["pair"]
 
 RELAY = {
     "configure": r"^relay\.(events|events\.marks|repair|repair\.shop)$",
