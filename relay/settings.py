@@ -160,7 +160,10 @@ class OutboxSettings(_Section):
         description="Least seconds between two writes of the cursor under load; a crash repeats that much.",
     )
     confirm_timeout_s: float = Field(
-        30, gt=0, le=3600, description="A page that is not confirmed after this many seconds ends the session."
+        30,
+        gt=0,
+        le=3600,
+        description="A page that is not confirmed after this many seconds ends the session. The time of a broker's alarm is not counted (with rabbitmq.client = stock it is); an alarm that lasts as long ends it too, and no message is blamed.",
     )
     standby_interval_s: float = Field(1, gt=0, le=60, description="Seconds between a standby's attempts to take over.")
     retry_first_s: float = Field(
