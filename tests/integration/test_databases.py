@@ -102,6 +102,17 @@ async def test_a_change_of_the_schema_of_a_privilege_or_of_a_setting_is_seen(
     assert not await own.fresh.restore(undone)
 
 
+async def test_a_row_that_was_there_from_the_start_is_as_it_was(own: Databases) -> None:
+    """The log's cursor: its table is no larger, and nobody has counted it."""
+    with own.one() as dsn:
+        async with connected(dsn) as db:
+            fresh = await everything(db)
+            await db.execute("UPDATE relay.outbox_cursor SET epoch = 7")
+            assert await everything(db) != fresh
+            assert await own.fresh.restore(db)
+            assert await everything(db) == fresh
+
+
 async def test_without_one_there_is_nothing_to_see(own: Databases, undone: asyncpg.Connection[Any]) -> None:
     assert await own.fresh.restore(undone)
 
