@@ -13,7 +13,7 @@ _FIRST = 32
 
 
 class Pace:
-    """The size of the next batch, from how long the last ones took: halved and doubled, between 1 and `most`."""
+    """The size of the next batch, from how long the last ones took: at least halved, or doubled, between 1 and `most`."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -22,6 +22,6 @@ class Pace:
     def took(self, messages: int, seconds: float) -> None:
         """Learn from a batch. One that was not full shows nothing about larger ones by having been fast."""
         if seconds > LONG_S:
-            self.limit = max(1, min(self.limit, messages) // 2)
+            self.limit = max(1, int(min(self.limit, messages) / max(2, seconds / LONG_S)))
         elif seconds < SHORT_S and messages >= self.limit:
             self.limit = min(self._most, self.limit * 2)

@@ -19,8 +19,16 @@ def test_fast_handlers_get_the_whole_batch_after_a_few_small_ones() -> None:
 
 
 def test_slow_handlers_get_small_batches_down_to_a_single_message() -> None:
-    assert sizes(Pace(500), 0.2, 5) == [32, 16, 8, 4, 4]
-    assert sizes(Pace(500), 30, 7) == [32, 16, 8, 4, 2, 1, 1]
+    assert sizes(Pace(500), 0.05, 3) == [32, 16, 16]
+    assert sizes(Pace(500), 0.2, 3) == [32, 5, 5]
+    assert sizes(Pace(500), 30, 3) == [32, 1, 1]
+
+
+def test_handlers_that_become_slow_make_one_batch_that_lasts_long_not_one_after_the_other() -> None:
+    pace = Pace(2000)
+    sizes(pace, 0.0001, 10)
+    assert pace.limit == 2000
+    assert sizes(pace, 0.1, 3) == [2000, 10, 10]
 
 
 def test_it_stays_between_one_message_and_the_setting() -> None:
