@@ -165,6 +165,8 @@ class Shard:
     async def _gather(self) -> None:
         """Wait until the next page is likely to be worth reading, or there is something else to see to."""
         while (left_s := self._pace.due_s(self._clock())) > 0 and not self._wakeup.urgent.is_set():
+            if self._has_to_act():
+                break  # a nap would end at once, again and again
             if not self._pipeline.is_empty:
                 await self._pipeline.wait(left_s)
                 await self._settle_answered()

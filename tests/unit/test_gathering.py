@@ -1,0 +1,43 @@
+"""What ends the time in which the next page gathers, beside the time itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from unittest.mock import MagicMock
+
+from relay.outbox.cursor import Page, Position, Snapshot
+from relay.outbox.progress import Progress
+from relay.outbox.shard import Shard
+from relay.settings import OutboxSettings
+from tests.unit.test_parking import rows
+
+
+def gathering(*, gather_s: float) -> Any:
+    """A shard that has read many rows, with nothing in flight any more."""
+    anything: Any = MagicMock()
+    ownership = MagicMock(shard=0, epoch=1, high_id=0, position=Position(Snapshot(9, 9)))
+    wakeup = MagicMock(urgent=asyncio.Event(), acted=False)
+    shard: Any = Shard(
+        ownership=ownership,
+        reader=anything,
+        store=anything,
+        publisher=anything,
+        probe=anything,
+        wakeup=wakeup,
+        settings=OutboxSettings(gather_s=gather_s),
+        source="shop",
+        progress=Progress(),
+        stop=asyncio.Event(),
+    )
+    clock = asyncio.get_running_loop().time
+    shard._blocked._look_at = clock() + 3600
+    shard._pace.saw(Page(rows(*"a" * 100), Snapshot(9, 9), True), clock())
+    return shard
+
+
+async def test_a_parked_row_that_becomes_due_does_not_wait_for_what_gathers() -> None:
+    shard = gathering(gather_s=60)
+    shard._retry._due_at = asyncio.get_running_loop().time()
+    async with asyncio.timeout(1):
+        await shard._gather()
