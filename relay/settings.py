@@ -151,7 +151,7 @@ class OutboxSettings(_Section):
         0.02,
         ge=0,
         le=60,
-        description="Under load (thousands of events a second) so many seconds are read at once: fewer, larger pages cost PostgreSQL and the broker less. 0: read on as soon as the last page is confirmed.",
+        description="Under load (thousands of events a second) so many seconds are read at once: fewer, larger pages cost PostgreSQL and the broker less. A stop may wait as long, and a crash repeat as much. 0: read on as soon as the last page is confirmed.",
     )
     checkpoint_interval_s: float = Field(
         0.1,
