@@ -47,6 +47,8 @@ class Database:
         self._connection: Connection | None = None
         self._cut: list[int] = []  # process ids of backends that may still be at work for us
         self._consumer = consumer
+        self.waited_s = 0.0
+        """Spent in `patiently`, in all."""
         self.lost = asyncio.Event()
         self.operated = asyncio.Event()
 
@@ -122,7 +124,8 @@ class Database:
         since the answer may just be on its way, the connection is cut, and the backend ended if PostgreSQL can be reached: it may
         have the locks. Raises what the statement raises.
         """
-        statement = asyncio.ensure_future(locking)
+        clock = asyncio.get_running_loop().time
+        statement, began = asyncio.ensure_future(locking), clock()
         noes = 0
         try:
             while not (await asyncio.wait([statement], timeout=_ASK_S))[0]:
@@ -131,6 +134,7 @@ class Database:
                     await self._give_up()
             return statement.result()
         finally:
+            self.waited_s += clock() - began
             if not statement.done():
                 await ended(statement)
 

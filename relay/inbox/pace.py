@@ -5,8 +5,9 @@ from __future__ import annotations
 LONG_S = 1.0
 """Longer than this is too long: competing consumers wait for the cursors meanwhile, and a stop for the batch."""
 
-SHORT_S = 0.25
-"""Under this a batch of twice the size would still be far from LONG_S."""
+SHORT_S = LONG_S / 2
+"""Under this a batch of twice the size does not last longer than LONG_S: less, if much of the time is spent once a batch, as
+where a COMMIT takes its time."""
 
 _FIRST = 32
 """Where it starts: how slow the handlers are is found out with few messages, and fast ones lose five small batches."""
@@ -20,7 +21,11 @@ class Pace:
         self.limit = min(_FIRST, most)
 
     def took(self, messages: int, seconds: float) -> None:
-        """Learn from a batch. One that was not full shows nothing about larger ones by having been fast."""
+        """Learn from a batch. One that was not full shows nothing about larger ones by having been fast.
+
+        `seconds` without those in which it waited for other consumers: they say nothing about this one's size, and two that
+        wait for each other would make each other's batches small.
+        """
         if seconds > LONG_S:
             self.limit = max(1, int(min(self.limit, messages) / max(2, seconds / LONG_S)))
         elif seconds < SHORT_S and messages >= self.limit:

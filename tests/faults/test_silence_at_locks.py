@@ -6,7 +6,7 @@ Both consumers did nothing for ten minutes: the longest time that a batch may wa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from relay.errors import PostgresError, PostgresRefused, PostgresUnavailable
 from relay.inbox.database import Database
+from relay.inbox.pace import Pace
 from relay.settings import PostgresSettings, Settings
 from tests.faults.lab.postgres_proxy import PostgresProxy
 from tests.harness.outbox import connected
@@ -93,6 +94,24 @@ async def test_a_session_that_waits_its_turn_is_left_in_peace_however_often_it_i
     assert cut == 0
 
 
+async def test_the_time_for_which_another_consumer_is_waited_for_does_not_make_the_next_batch_smaller(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took: list[float] = []
+
+    async def patiently(self: Database, locking: Awaitable[object]) -> object:
+        self.waited_s += 1000
+        return await locking
+
+    monkeypatch.setattr(Database, "patiently", patiently)
+    monkeypatch.setattr(Pace, "took", lambda _, messages, seconds: took.append(seconds))
+    async with world(database, broker) as there, there.running(recording()):
+        await there.publish(stream("1", 1))
+        await there.until(lambda total: total.applied == 1)
+    assert took
+    assert all(seconds < 0 for seconds in took)
+
+
 class Refusal:
     """A connection that cannot be opened."""
 
@@ -162,6 +181,7 @@ async def test_a_session_whose_state_cannot_be_seen_is_left_in_peace_while_it_wa
             reading = asyncio.ensure_future(waiting.patiently((await waiting.connection()).fetch(READING)))
             await asyncio.wait_for(asked_often.wait(), PATIENCE_S)
         assert await asyncio.wait_for(reading, PATIENCE_S) == []
+        assert waiting.waited_s > 0
     assert all(answers)
 
 
