@@ -1,17 +1,21 @@
 """When the log is read again. Pure: times are given, by any clock.
 
 To look costs about 0.4 ms of PostgreSQL, which the producers need, however few rows are found; and what is published in small pieces
-costs the broker twice as much a message. So at the end of the log the next page may gather: for as long as the last one is in flight,
-and under load, when a look finds many, for `gather_s`, however soon the broker answers.
+costs the broker up to twice as much a message. So at the end of the log the next page may gather: for as long as the last one is in
+flight, and under load for `gather_s`, however soon the broker answers.
 """
 
 from __future__ import annotations
 
+import math
+
 from relay.outbox.cursor import Page
 
-_MANY = 8
-"""Rows of a page: with fewer, at the end of the log, the load is so low that only latency counts. With a look every 3 ms or so (a
-confirm comes back by then) these are two to three thousand events a second."""
+_LOAD = 2500
+"""Rows a second at which latency is not all that counts any more: a look each 3 ms (a confirm comes back by then) finds eight of them."""
+
+_MEMORY_S = 0.1
+"""Over so long, about, the rate is taken: a transaction of a hundred events is no load."""
 
 _PATIENCE_FIRST_S = 0.005
 _PATIENCE_LAST_S = 0.08
@@ -26,14 +30,18 @@ class Pace:
         self._gather_s = gather_s
         self._patience_s = _PATIENCE_FIRST_S
         self._due_at = 0.0
+        self._rate = 0.0  # rows a second, lately
+        self._rated_at = 0.0
         self.gathers = False
         """True under load: an answer is no reason to read sooner."""
 
     def saw(self, page: Page, now: float) -> None:
         """Learn from what was just read."""
         rows = len(page.rows)
+        self._rate = self._rate * math.exp((self._rated_at - now) / _MEMORY_S) + rows / _MEMORY_S
+        self._rated_at = now
         self._patience_s = _PATIENCE_FIRST_S if rows else min(_PATIENCE_LAST_S, self._patience_s * 2)
-        self.gathers = page.complete and rows >= _MANY and self._gather_s > 0
+        self.gathers = page.complete and rows > 0 and self._rate >= _LOAD and self._gather_s > 0
         self._due_at = now
         if page.complete:
             self._due_at += self._gather_s if self.gathers else self._patience_s

@@ -32,7 +32,8 @@ def gathering(*, gather_s: float) -> Any:
     )
     clock = asyncio.get_running_loop().time
     shard._blocked._look_at = clock() + 3600
-    shard._pace.saw(Page(rows(*"a" * 100), Snapshot(9, 9), True), clock())
+    shard._pace.saw(Page(rows(*"a" * 1000), Snapshot(9, 9), True), clock())
+    assert shard._pace.gathers
     return shard
 
 
