@@ -223,7 +223,11 @@ async def test_a_refused_commit_is_a_rolled_back_batch(database: str) -> None:
 
 
 def start(database: str, folder: Path, *options: str) -> subprocess.Popen[str]:
-    program = "import sys; from relay.cli.emit import emit; emit(sys.argv[1:])"
+    # Who starts the tests in the background of a script has told all its children to ignore SIGINT.
+    program = (
+        "import signal, sys; from relay.cli.emit import emit; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); emit(sys.argv[1:])"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program, *options],
         stdin=subprocess.PIPE,
