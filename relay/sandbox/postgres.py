@@ -6,9 +6,9 @@ import asyncio
 import os
 import secrets
 import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -282,19 +282,8 @@ def _quoted(identifier: str) -> str:
 
 def _in_a_thread_of_its_own(dsn: str, statement: str) -> None:
     """Run one statement from code with or without a running event loop (a test has one, a plain script has none)."""
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(_execute(dsn, statement))
-        except Exception as error:  # noqa: BLE001 - raised again below, in the caller's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="relay-sandbox-sql")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
+    with ThreadPoolExecutor(1, "relay-sandbox-sql") as thread:
+        thread.submit(asyncio.run, _execute(dsn, statement)).result()
 
 
 async def _execute(dsn: str, statement: str) -> None:

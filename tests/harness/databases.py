@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -198,18 +198,5 @@ async def _migrated(dsn: str) -> Fresh:
 
 def _in_a_thread_of_its_own(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, from code with or without a running event loop: the test that asks may have one."""
-    done: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            done.append(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the test's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="test-databases")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return done[0]
+    with ThreadPoolExecutor(1, "test-databases") as thread:
+        return thread.submit(asyncio.run, work).result()

@@ -31,6 +31,7 @@ from relay.control import (
     to_repair_request,
 )
 from relay.message import CONTENT_DIGEST, MAX_SEQUENCE, Delivery, Message, NotAnEvent, content_digest, to_event
+from tests.harness.deliveries import delivered
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -44,22 +45,6 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
     max_leaves=12,
 )
-
-
-def delivered(message: Message) -> Delivery:
-    return Delivery(
-        tag=1,
-        redelivered=False,
-        exchange="",
-        routing_key=message.routing_key,
-        message_id=message.message_id,
-        event_type=message.event_type,
-        source=message.source,
-        content_type=message.content_type,
-        occurred_at=message.occurred_at,
-        headers=dict(message.headers),
-        body=message.body,
-    )
 
 
 def signed(kind: str, body: bytes, source: Any = "shop") -> Delivery:
