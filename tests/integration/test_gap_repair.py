@@ -188,7 +188,7 @@ async def test_a_request_whose_answer_breaks_off_is_answered_once_more_unless_it
     await pair.purge()
     with capture_logs() as told:
         async with pair.relay():
-            await until(pair_queue_exists(pair))
+            await until(answering(pair))
             await ask(pair, "billing", Range("order", "1", 2, 2))
             await until(lambda: sent(answers))
             await ask(pair, "billing", Range("order", "1", 3, 3))
@@ -313,7 +313,7 @@ async def test_hostile_requests_are_told_and_the_next_one_is_answered(pair: Pair
     await pair.lose(("1", 2))
     with capture_logs() as told:
         async with pair.relay():
-            await until(pair_queue_exists(pair))
+            await until(answering(pair))
             for properties in JUNK.values():
                 await pair.send(b"\xff{]", exchange="relay.repair", key="shop", **properties)
             await ask(pair, "no such queue", Range("order", "1", 1, 3))
@@ -430,13 +430,15 @@ async def listening(channel: Any) -> Any:
     return queue
 
 
-def pair_queue_exists(pair: Pair) -> Any:
+def answering(pair: Pair) -> Any:
+    """A relay that consumes requests, so that the queue is bound as well: before that, a request goes nowhere."""
+
     async def look() -> bool:
         async with pair.channel() as channel:
             try:
-                await channel.get_queue("relay.repair.shop")
+                queue = await channel.get_queue("relay.repair.shop")
             except aio_pika.exceptions.ChannelClosed:
                 return False
-        return True
+        return bool(queue.declaration_result.consumer_count)
 
     return look
