@@ -36,6 +36,7 @@ class Appliers:
         self._rules = rules
         self.done = Stats()  # what the last `apply` or `retry_due` has committed, also when it raised
         self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
+        self.worked_s = 0.0  # how long the longest part of the last `apply` took, without its waits: see Applier
         self._alone = 0  # so many batches are the first one's alone now
         self._next_alone = 1
 
@@ -66,8 +67,10 @@ class Appliers:
         self._learn(at_work)
         for task in tasks:
             task.result()
+        self.worked_s = max((applier.worked_s for applier, _ in at_work), default=0.0)
         if batch.controls:
             self.done += await self._first.apply(Batch(controls=batch.controls))
+            self.worked_s += self._first.worked_s
         return self.done
 
     def _learn(self, at_work: Sequence[tuple[Applier, Batch]]) -> None:

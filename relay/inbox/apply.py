@@ -50,11 +50,13 @@ class Applier:
         self.done = Stats()  # what the last `apply` has committed, also when it raised
         self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
         self.collided = False  # a transaction of the last `apply` had to be redone because of another one
+        self.worked_s = 0.0  # how long the last `apply` took, without its waits: see Database
 
     async def apply(self, batch: Batch) -> Stats:
         """Apply a batch. Raises PostgresError; a handler's failure is not an error here but a held message."""
         self.done = Stats()
         self.left_due = self.collided = False
+        began = self._database.worked_s
         charges = Charges(self._suspects)
         narrowing = Narrowing(batch, self._rules, self._suspects)
         refused: CommitFailed | None = None
@@ -79,6 +81,7 @@ class Applier:
             raise PostgresUnavailable(
                 f"COMMIT fails without any handler's doing: {loggable(refused.error)}"
             ) from refused
+        self.worked_s = self._database.worked_s - began
         return self.done
 
     async def retry_due(self, rows: int = _DUE_ROWS) -> Stats:

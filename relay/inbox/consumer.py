@@ -245,14 +245,12 @@ class _Loop:
     async def _deliver(self, taken: Taken) -> None:
         """Apply, then acknowledge: a crash in between means a redelivery, which the cursors recognise."""
         reached(Point.RECEIVED)
-        started, waits = self._clock(), self._waits_s()
         try:
             stats = await self._applier.apply(taken.batch)
         except PostgresError:
             self._count_done()
             raise
-        waited_s = min(after - before for before, after in zip(waits, self._waits_s(), strict=True))
-        self._pace.took(taken.received, self._clock() - started - waited_s)
+        self._pace.took(taken.received, self._applier.worked_s)
         self._count(stats + Stats(received=taken.received, batches=1))
         await self._consumer.acknowledge(taken.tag)
         reached(Point.ACKNOWLEDGED)
@@ -260,10 +258,6 @@ class _Loop:
             self._left -= taken.received
         if stats.failed or self._applier.left_due:
             self._retry_at = min(self._retry_at, self._clock() + await self._due_in_s())
-
-    def _waits_s(self) -> list[float]:
-        """How long other consumers have been waited for, by connection."""
-        return [database.waited_s for database in self._databases]
 
     def _count_done(self) -> None:
         """What is committed counts, though its deliveries come again: as duplicates."""

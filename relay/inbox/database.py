@@ -48,9 +48,14 @@ class Database:
         self._cut: list[int] = []  # process ids of backends that may still be at work for us
         self._consumer = consumer
         self.waited_s = 0.0
-        """Spent in `patiently`, in all."""
+        """Spent in `patiently` and in COMMITs, in all: what lasts as long for a batch of few messages as for one of many."""
         self.lost = asyncio.Event()
         self.operated = asyncio.Event()
+
+    @property
+    def worked_s(self) -> float:
+        """A clock that stood still in `waited_s`: what passes on it, smaller batches make shorter."""
+        return asyncio.get_running_loop().time() - self.waited_s
 
     async def connection(self) -> Connection:
         """The connection; the schema is checked when it is opened. Raises PostgresError."""
@@ -124,8 +129,7 @@ class Database:
         since the answer may just be on its way, the connection is cut, and the backend ended if PostgreSQL can be reached: it may
         have the locks. Raises what the statement raises.
         """
-        clock = asyncio.get_running_loop().time
-        statement, began = asyncio.ensure_future(locking), clock()
+        statement, began = asyncio.ensure_future(locking), self.worked_s
         noes = 0
         try:
             while not (await asyncio.wait([statement], timeout=_ASK_S))[0]:
@@ -134,7 +138,7 @@ class Database:
                     await self._give_up()
             return statement.result()
         finally:
-            self.waited_s += clock() - began
+            self.waited_s += self.worked_s - began
             if not statement.done():
                 await ended(statement)
 
@@ -190,12 +194,15 @@ class Database:
             await close(closing)
 
     async def _commit(self, transaction: asyncpg.transaction.Transaction) -> None:
+        began = self.worked_s
         try:
             await transaction.commit()
         except asyncpg.PostgresError as exc:
             if (verdict := judged(exc, at_commit=True)) is not None:
                 raise verdict from exc
             raise CommitFailed(described(exc)) from exc
+        finally:
+            self.waited_s += self.worked_s - began
 
     async def _roll_back(self, connection: Connection, transaction: asyncpg.transaction.Transaction) -> None:
         if connection.is_closed():

@@ -6,8 +6,7 @@ LONG_S = 1.0
 """Longer than this is too long: competing consumers wait for the cursors meanwhile, and a stop for the batch."""
 
 SHORT_S = LONG_S / 2
-"""Under this a batch of twice the size does not last longer than LONG_S: less, if much of the time is spent once a batch, as
-where a COMMIT takes its time."""
+"""Under this a batch of twice the size does not last longer than LONG_S: less, as some of the time is spent once a batch."""
 
 _FIRST = 32
 """Where it starts: how slow the handlers are is found out with few messages, and fast ones lose five small batches."""
@@ -24,7 +23,8 @@ class Pace:
         """Learn from a batch. One that was not full shows nothing about larger ones by having been fast.
 
         `seconds` without those in which it waited for other consumers: they say nothing about this one's size, and two that
-        wait for each other would make each other's batches small.
+        wait for each other would make each other's batches small. And without its COMMIT, which a busy disk or a standby makes
+        slow, whatever is in it: with smaller batches there would only be more of them, down to a message a second.
         """
         if seconds > LONG_S:
             self.limit = max(1, int(min(self.limit, messages) / max(2, seconds / LONG_S)))

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 
 from relay.errors import PostgresError, PostgresRefused, PostgresUnavailable
 from relay.inbox.database import Database
+from relay.inbox.failures import CommitFailed
 from relay.inbox.pace import Pace
 from relay.settings import PostgresSettings, Settings
 from tests.faults.lab.postgres_proxy import PostgresProxy
@@ -23,6 +24,16 @@ from tests.harness.outbox import connected
 from tests.integration.inbox_harness import World, eventually, recording, stream, world
 
 READING = "SELECT FROM relay.inbox_progress"
+SLOW_COMMIT = """
+CREATE TABLE slow (id bigint GENERATED ALWAYS AS IDENTITY);
+CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_sleep(0.11);
+  IF NEW.id > 1 THEN RAISE EXCEPTION 'no more than one'; END IF;
+  RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER slowly AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slowly()
+"""
 LOCKING = "LOCK TABLE relay.inbox_progress IN ACCESS EXCLUSIVE MODE"
 PATIENCE_S = 20.0
 """For what takes a moment."""
@@ -94,9 +105,11 @@ async def test_a_session_that_waits_its_turn_is_left_in_peace_however_often_it_i
     assert cut == 0
 
 
+@pytest.mark.parametrize("appliers", [1, 2])
 async def test_the_time_for_which_another_consumer_is_waited_for_does_not_make_the_next_batch_smaller(
-    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch, appliers: int
 ) -> None:
+    """Of two appliers one has nothing to do here, and so waits for nobody."""
     took: list[float] = []
 
     async def patiently(self: Database, locking: Awaitable[object]) -> object:
@@ -104,12 +117,32 @@ async def test_the_time_for_which_another_consumer_is_waited_for_does_not_make_t
         return await locking
 
     monkeypatch.setattr(Database, "patiently", patiently)
-    monkeypatch.setattr(Pace, "took", lambda _, messages, seconds: took.append(seconds))
-    async with world(database, broker) as there, there.running(recording()):
+    monkeypatch.setattr(Pace, "took", lambda _, messages, seconds: took.append(seconds) if messages else None)
+    async with world(database, broker, appliers=appliers) as there, there.running(recording()):
         await there.publish(stream("1", 1))
         await there.until(lambda total: total.applied == 1)
     assert took
     assert all(seconds < 0 for seconds in took)
+
+
+async def test_a_slow_commit_is_waited_for_as_well(database: str) -> None:
+    async with connected(database) as db:
+        await db.execute(SLOW_COMMIT)
+    slow = Database(PostgresSettings(dsn=SecretStr(database)), application="test")
+
+    async def insert() -> None:
+        async with slow.transaction() as tx:
+            await tx.execute("INSERT INTO slow DEFAULT VALUES")
+
+    try:
+        await insert()
+        assert slow.waited_s > 0.1
+        before = slow.waited_s
+        with pytest.raises(CommitFailed, match="no more than one"):
+            await insert()
+        assert slow.waited_s - before > 0.1
+    finally:
+        await slow.close()
 
 
 class Refusal:

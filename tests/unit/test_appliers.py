@@ -101,6 +101,7 @@ class Scripted:
         self.done = Stats()
         self.left_due = False
         self.collided = False
+        self.worked_s = 0.0
 
     async def apply(self, batch: Batch) -> Stats:
         self.done = Stats()
@@ -144,6 +145,19 @@ async def test_all_parts_are_at_work_at_the_same_time_and_controls_are_heeded_af
     pair.a.go.set()
     assert await task == Stats(applied=20, control=1) == pair.appliers.done
     assert pair.journal[2:] == ["b ends part", "a ends part", "a begins controls", "a ends controls"]
+
+
+async def test_a_batch_lasts_as_long_as_its_longest_part_and_its_controls() -> None:
+    pair = Pair()
+    pair.a.go.set()
+    pair.b.go.set()
+    pair.a.worked_s, pair.b.worked_s = 0.25, 2.0
+    await pair.appliers.apply(Batch(arrivals=pair.batch.arrivals))
+    assert pair.appliers.worked_s == 2
+    await pair.appliers.apply(pair.batch)
+    assert pair.appliers.worked_s == 2.25
+    await pair.appliers.apply(Batch(controls=[MARKS]))
+    assert pair.appliers.worked_s == 0.25
 
 
 async def test_a_part_that_fails_leaves_the_others_to_their_work_and_then_all_has_failed() -> None:

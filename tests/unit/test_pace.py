@@ -32,10 +32,10 @@ def test_handlers_that_become_slow_make_one_batch_that_lasts_long_not_one_after_
 
 
 def test_what_a_batch_costs_whatever_its_size_does_not_keep_it_small() -> None:
-    pace, commit_s = Pace(500), 0.45
+    pace, once_s = Pace(500), 0.45
     for limit in (32, 64, 128, 256, 500):
         assert pace.limit == limit
-        pace.took(limit, commit_s + limit * 0.0001)
+        pace.took(limit, once_s + limit * 0.0001)
 
 
 def test_it_stays_between_one_message_and_the_setting() -> None:
