@@ -15,6 +15,7 @@ from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
 from relay.inbox.failures import Collision, CommitFailed, HandlerFailed, loggable
 from relay.inbox.narrowing import Narrowing
+from relay.inbox.pace import Pace
 from relay.inbox.sequencer import Arrival, Key
 from relay.inbox.stats import Stats
 from relay.inbox.work import FOLLOW_LIMIT, Batch, Rules, Work
@@ -51,6 +52,7 @@ class Applier:
         self.left_due = False  # the last `apply` left something to `retry_due` that can be tried at once
         self.collided = False  # a transaction of the last `apply` had to be redone because of another one
         self.worked_s = 0.0  # how long the last `apply` took, without its waits: see Database
+        self._due_pace = Pace(_DUE_ROWS)
 
     async def apply(self, batch: Batch) -> Stats:
         """Apply a batch. Raises PostgresError; a handler's failure is not an error here but a held message."""
@@ -85,13 +87,20 @@ class Applier:
         return self.done
 
     async def retry_due(self, rows: int = _DUE_ROWS) -> Stats:
-        """Try the held messages whose time has come; what waits behind those that succeed now follows."""
+        """Try the held messages whose time has come; what waits behind those that succeed now follows.
+
+        At most `rows`, and fewer where that takes long, whatever is learned of new ones: what fails again and again is often slow,
+        as where each handler waits for a service that does not answer. New messages wait for all of it.
+        """
         self.done = Stats()
+        rows = min(rows, self._due_pace.limit)
         with postgres_errors():
-            due = await store.due_held(await self._database.connection(), self._rules.consumer, min(rows, _DUE_ROWS))
+            due = await store.due_held(await self._database.connection(), self._rules.consumer, rows)
         if due:
             reached(Point.RETRYING_HELD)
-        return await self.apply(Batch(due=due))
+        stats = await self.apply(Batch(due=due))
+        self._due_pace.took(len(due), self.worked_s)
+        return stats
 
     async def sweep(self) -> int:
         """Make due what waits although its turn has come, a bounded number of aggregates a call. Returns how many were."""

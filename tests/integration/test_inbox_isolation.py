@@ -162,6 +162,32 @@ async def test_slow_followers_are_left_to_the_next_transaction(database: str, mo
         assert rounds == [(True, 1), (True, 2), (False, 3)]
 
 
+async def test_of_failed_messages_whose_handlers_are_slow_few_are_tried_at_a_time_however_fast_new_ones_are(
+    database: str,
+) -> None:
+    """New ones wait for all that are tried at a time."""
+    tried: set[str | None] = set()
+    inbox = Inbox("shop")
+
+    @inbox.on("T")
+    async def failing(event: Event, tx: Connection) -> None:
+        tried.add(event.aggregate_id)
+        b.applier._database.waited_s -= took_s  # by its clock
+        raise RuntimeError("no answer")
+
+    async def tried_again() -> int:
+        tried.clear()
+        await b.applier.retry_due(500)
+        return len(tried)
+
+    async with bench(database, inbox, retry_first_s=1e-6, retry_max_s=1e-6) as b:
+        took_s = 2.0
+        await b.apply(*(b.arrival(1, name) for name in "abcdefgh"))
+        assert [await tried_again() for _ in range(4)] == [8, 1, 1, 1]
+        took_s = -100.0  # no time at all
+        assert [await tried_again() for _ in range(5)] == [1, 2, 4, 8, 8]
+
+
 FORGOTTEN = "UPDATE relay.inbox_aggregate SET last_seq = 1, blocked = $1"
 """What no transaction of ours leaves: the next one waits, and nothing will wake it."""
 
