@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from relay.bench.parent import Parent
+from relay.collector import calm
 from relay.log import configure_logging
 from relay.settings import Settings
 
@@ -26,16 +27,25 @@ _MODULES = {
 }
 """Where a role is, in relay.bench.roles; imported when it is played, so that a producer has nothing of the daemons in memory."""
 
+_PRODUCERS = ("insert", "produce")
+"""Applications. The others are what `relay run` and `relay inbox run` are, and their ceilings: they begin as those do."""
+
 
 async def _play() -> None:
     lines = asyncio.StreamReader(limit=2**24)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     parent = Parent(lines)
-    spec = await parent.first_line()
+    await play(await parent.first_line(), parent)
+
+
+async def play(spec: dict[str, Any], parent: Parent) -> None:
+    """The role that a first line names."""
     settings = Settings.model_validate(spec.pop("settings"))
     configure_logging(settings.daemon)
     name = spec.pop("role")
     role: Role = getattr(importlib.import_module(f"relay.bench.roles.{_MODULES[name]}"), name)
+    if name not in _PRODUCERS:
+        calm()
     await role(settings, spec, parent)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from relay.cli import inbox_acts, inbox_look
-from relay.cli.collector import calm
 from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.seed import seed_command
 from relay.cli.signals import stop_on_signals
+from relay.collector import calm
 from relay.errors import ConfigError
 from relay.inbox import Inbox, load
 from relay.log import configure_logging

@@ -11,7 +11,6 @@ import click
 
 from relay.cli import outbox_acts
 from relay.cli.bench import bench
-from relay.cli.collector import calm
 from relay.cli.completion import completion
 from relay.cli.counters import counters
 from relay.cli.demo import demo
@@ -24,6 +23,7 @@ from relay.cli.show import show
 from relay.cli.signals import stop_on_signals
 from relay.cli.status import status
 from relay.cli.stuck import stuck
+from relay.collector import calm
 from relay.daemon import Outbox
 from relay.errors import RelayError, SchemaError
 from relay.log import configure_logging, printable
