@@ -17,6 +17,9 @@ _LOAD = 2500
 _MEMORY_S = 0.1
 """Over so long, about, the rate is taken: a transaction of a hundred events is no load."""
 
+_TICK_S = 1e-6
+"""Two reads are never nearer to each other, though a coarse clock may say so."""
+
 _PATIENCE_FIRST_S = 0.005
 _PATIENCE_LAST_S = 0.08
 """How long to wait for an answer before the next look; one that finds nothing doubles it, since what is in flight may stay there for
@@ -38,7 +41,9 @@ class Pace:
     def saw(self, page: Page, now: float) -> None:
         """Learn from what was just read."""
         rows = len(page.rows)
-        self._rate = self._rate * math.exp((self._rated_at - now) / _MEMORY_S) + rows / _MEMORY_S
+        since_s = max(now - self._rated_at, _TICK_S)
+        kept = math.exp(-since_s / _MEMORY_S)
+        self._rate = self._rate * kept + rows / since_s * (1 - kept)  # they came in all of that time, not now
         self._rated_at = now
         self._patience_s = _PATIENCE_FIRST_S if rows else min(_PATIENCE_LAST_S, self._patience_s * 2)
         self.gathers = page.complete and rows > 0 and self._rate >= _LOAD and self._gather_s > 0

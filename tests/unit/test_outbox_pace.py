@@ -44,11 +44,15 @@ def test_under_load_the_next_page_gathers_however_soon_the_last_is_confirmed() -
     assert after(*[page(100)] * 50, each_s=GATHER_S) == (GATHER_S, True)
 
 
-@pytest.mark.parametrize(("size", "each_s"), [(1, 0.001), (8, 0.004), (100, 0.1), (200, 1)])
+@pytest.mark.parametrize(("size", "each_s"), [(1, 0.001), (8, 0.004), (100, 0.05), (400, 0.2), (200, 1)])
 def test_up_to_two_thousand_rows_a_second_nothing_gathers_in_whatever_pieces_they_are_committed(
     size: int, each_s: float
 ) -> None:
     assert after(*[page(size)] * 50, each_s=each_s) == (0.005, False)
+
+
+def test_a_clock_that_stands_still_between_two_reads_is_no_infinite_load() -> None:
+    assert after(page(100), *[page(1)] * 50, each_s=0) == (0.005, False)
 
 
 def test_without_gathering_the_load_does_not_matter() -> None:
