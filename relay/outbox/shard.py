@@ -140,6 +140,7 @@ class Shard:
     def _has_to_act(self) -> bool:
         return (
             self._wakeup.acted
+            or self._wakeup.urgent.is_set()  # whatever it was about: only acting clears it, and until then nothing rests
             or self._clock() >= self._blocked.look_at
             or (not self._blocked.shard_is_paused and self._retry.wants_a_step)
         )
@@ -164,7 +165,7 @@ class Shard:
 
     async def _gather(self) -> None:
         """Wait until the next page is likely to be worth reading, or there is something else to see to."""
-        while (left_s := self._pace.due_s(self._clock())) > 0 and not self._wakeup.urgent.is_set():
+        while (left_s := self._pace.due_s(self._clock())) > 0:
             if self._has_to_act():
                 break  # a nap would end at once, again and again
             if not self._pipeline.is_empty:

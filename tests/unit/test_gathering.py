@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
+
+import pytest
 
 from relay.outbox.cursor import Page, Position, Snapshot
 from relay.outbox.progress import Progress
@@ -32,7 +34,8 @@ def gathering(*, gather_s: float) -> Any:
     )
     clock = asyncio.get_running_loop().time
     shard._blocked._look_at = clock() + 3600
-    shard._pace.saw(Page(rows(*"a" * 1000), Snapshot(9, 9), True), clock())
+    for size in (0, 1000):
+        shard._pace.saw(Page(rows(*"a" * size), Snapshot(9, 9), True), clock())
     assert shard._pace.gathers
     return shard
 
@@ -42,3 +45,30 @@ async def test_a_parked_row_that_becomes_due_does_not_wait_for_what_gathers() ->
     shard._retry._due_at = asyncio.get_running_loop().time()
     async with asyncio.timeout(1):
         await shard._gather()
+
+
+async def test_an_interruption_after_which_there_is_nothing_to_do_does_not_make_the_log_read_again_and_again() -> None:
+    """As where the answer to a row that is tried alone was taken before the news of it came; and the broker has an alarm."""
+    shard = gathering(gather_s=0.01)
+    shard._publisher.publish = lambda _: asyncio.Event().wait()
+    shard._publisher.lost = None
+    shard._blocked.heed = shard._blocked.look = shard._wakeup.get_up = AsyncMock()
+    shard._pipeline.begin(Page(rows("a"), Snapshot(9, 9), True))
+    reads = 0
+
+    async def read(*_: object, **__: object) -> Page:
+        nonlocal reads
+        reads += 1
+        await asyncio.sleep(0)
+        return Page((), Snapshot(9, 9), True)
+
+    shard._reader.read = read
+    shard._wakeup.urgent.set()
+    running = asyncio.create_task(shard.run())
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert not running.done()
+    assert reads < 10
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
