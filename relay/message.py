@@ -216,29 +216,29 @@ def to_message(row: Row, *, source: str, routing_key: str) -> Message:
 
 def to_event(delivery: Delivery) -> Event:
     """The event of a delivery. Raises NotAnEvent when the delivery does not keep the wire contract, and nothing else."""
-    headers = delivery.headers
+    _, _, _, _, message_id, event_type, source, content_type, occurred_at, headers, body, _, fault = delivery
     if CONTENT_DIGEST not in headers and SEQUENCE not in headers:
-        if delivery.fault is not None:
-            raise NotAnEvent("malformed", delivery.fault)
+        if fault is not None:
+            raise NotAnEvent("malformed", fault)
         raise NotAnEvent("foreign", f"no {CONTENT_DIGEST} header: not published by a relay")
-    event_type = _name("type", delivery.event_type)
-    content_type = _name("content_type", delivery.content_type) if delivery.content_type else ""
-    digest = content_digest(event_type, content_type, delivery.body)
+    event_type = _name("type", event_type)
+    content_type = _name("content_type", content_type) if content_type else ""
+    digest = content_digest(event_type, content_type, body)
     claimed = headers.get(CONTENT_DIGEST)
     if claimed != _DIGEST_PREFIX + digest.hex() and digest != _digest(claimed):
         raise NotAnEvent("malformed", f"{CONTENT_DIGEST} does not match the content")
     aggregate_type, aggregate_id, seq = _place(headers)
     return _event(
-        _name("app_id", delivery.source),
+        _name("app_id", source),
         aggregate_type,
         aggregate_id,
         seq,
         event_type,
-        _text("message_id", delivery.message_id, 255),
+        _text("message_id", message_id, 255),
         content_type,
-        _producers(headers),
-        delivery.occurred_at,
-        delivery.body,
+        {} if seq is not None and len(headers) == len(OWN_HEADERS) else _producers(headers),  # then all of it is ours
+        occurred_at,
+        body,
         digest,
     )
 

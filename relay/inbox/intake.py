@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -27,6 +28,10 @@ log = structlog.get_logger()
 
 _PORTION = 128
 """Deliveries understood at a time, about a millisecond: so long may an answer from PostgreSQL wait for us."""
+
+
+_arrival = partial(tuple.__new__, Arrival)
+"""An Arrival of a tuple of all its fields: half of the time that its constructor takes, which is a function of Python's."""
 
 
 class Taken(NamedTuple):
@@ -126,7 +131,7 @@ def _understood(delivery: Delivery) -> Arrival | _Other:
     try:
         if is_control(delivery):
             return _Other(to_control(delivery), delivery.tag, len(delivery.body))
-        return Arrival(to_event(delivery), delivery.tag, delivery.exchange, delivery.routing_key)
+        return _arrival((to_event(delivery), delivery.tag, delivery.exchange, delivery.routing_key, None, 0))
     except NotAnEvent as exc:
         log.warning("quarantined", reason=exc.reason, detail=exc.detail, routing_key=delivery.routing_key)
         return _Other(Stranger.of_delivery(delivery, exc.reason, exc.detail), delivery.tag, len(delivery.body))

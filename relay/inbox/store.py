@@ -112,6 +112,9 @@ class Due:
     message_id: str
 
 
+Columns = tuple[list[str], list[str], str, list[int]]
+"""Keys as `columns` makes them."""
+
 Patiently = Callable[[Awaitable[list[asyncpg.Record]]], Awaitable[list[asyncpg.Record]]]
 """How a statement that waits for locks is waited for: `relay.inbox.database.Database.patiently`."""
 
@@ -139,6 +142,7 @@ class Store:
         self._consumer = consumer
         self._lock_timeout_s = lock_timeout_s
         self._patiently = patiently
+        self._told: tuple[list[Key], Columns] = ([], columns([]))  # the last keys: mostly they come again
         self.locked_in: str | None = None  # the transaction in which cursors were locked; None: none were
         self.written_in: str | None = None  # in which they were written
 
@@ -168,9 +172,9 @@ class Store:
                 return cursors
         raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
 
-    async def _lock(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
+    async def _lock(self, keys: list[Key]) -> dict[Key, Cursor]:
         """Those that exist."""
-        rows = await self._fetch_locking("lock_cursors", *columns(keys))
+        rows = await self._fetch_locking("lock_cursors", *self._columns(keys))
         return {
             keys[place - 1]: _cursor((last_seq, digest, blocked, False)) for place, last_seq, digest, blocked in rows
         }
@@ -187,15 +191,21 @@ class Store:
         fetching = self._connection.fetch(query(block), self._consumer, *arguments, timeout=self._lock_timeout_s)
         return await (fetching if self._patiently is None else self._patiently(fetching))
 
-    async def _mark_held(self, keys: Sequence[Key], cursors: dict[Key, Cursor]) -> None:
+    async def _mark_held(self, keys: list[Key], cursors: dict[Key, Cursor]) -> None:
         """Find out of which of these lines anything is held, now that nobody else can add to them."""
-        row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *columns(keys))
+        row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *self._columns(keys))
         if row is None:
             raise AssertionError("lines_with_held gives one row")
         self.locked_in = row["transaction_id"]
         for place in row["places"]:
             key = keys[place - 1]
             cursors[key] = cursors[key]._replace(has_held=True)
+
+    def _columns(self, keys: list[Key]) -> Columns:
+        """`columns`, made once for the statements of a batch that are about the same aggregates."""
+        if keys != self._told[0]:
+            self._told = (keys, columns(keys))
+        return self._told[1]
 
     async def insert_seen(self, events: Iterable[Event]) -> set[tuple[str, str]]:
         """Remember the ids of events without order; return those (source, message id) that are new."""
@@ -234,7 +244,7 @@ class Store:
             self.written_in = await self._connection.fetchval(
                 query("write_cursors"),
                 self._consumer,
-                *columns(keys),
+                *self._columns(keys),
                 arrays.numbers([c.last_seq for c in values]),
                 arrays.octets([c.last_digest for c in values]),
                 [place for place, c in enumerate(values, start=1) if c.blocked],
@@ -483,7 +493,7 @@ def _name(event: Event) -> tuple[object, ...]:
     return (event.source, event.aggregate_type, event.aggregate_id, event.seq, event.message_id)
 
 
-def columns(keys: Sequence[Key]) -> tuple[list[str], list[str], str, list[int]]:
+def columns(keys: Sequence[Key]) -> Columns:
     """Keys as statements take them: sources and aggregate types of the pairs that occur, ids, and which pair is whose."""
     pairs = {pair: number for number, pair in enumerate(dict.fromkeys([key[:2] for key in keys]), start=1)}
     return (

@@ -7,13 +7,20 @@ refused and nothing left over. A batch that differs in one event is not for here
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from relay.inbox.sequencer import Cursor, Key, Placed
-from relay.message import Event
+from relay.message import TOMBSTONE, Event
+
+_cursor = partial(tuple.__new__, Cursor)
+"""A Cursor of a tuple of all its fields: half of the time that its constructor takes, which is a function of Python's."""
 
 
 def cursors_after(placed: Iterable[Placed], cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor] | None:
-    """Where the cursors are when all of it has been applied, in this order. None: that is for the lines to find out."""
+    """Where the cursors are when all of it has been applied, in this order. None: that is for the lines to find out.
+
+    They are in the order of `cursors`, as they were locked: so their keys need not be told to PostgreSQL anew.
+    """
     last: dict[Key, int] = {}
     for name, (last_seq, _, blocked, has_held) in cursors.items():
         if blocked or has_held:
@@ -28,9 +35,9 @@ def cursors_after(placed: Iterable[Placed], cursors: Mapping[Key, Cursor]) -> di
         if event.seq != seq:
             return None
         newest[key] = event
-    return {key: Cursor(last[key], _compared(event), False) for key, event in newest.items()}
+    return {key: _cursor((last[key], _compared(newest[key]), False, True)) for key in cursors if key in newest}
 
 
 def _compared(event: Event) -> bytes | None:
     """What another message with its number is compared with; a tombstone with nothing."""
-    return None if event.is_tombstone else event.digest
+    return None if event.event_type == TOMBSTONE else event.digest

@@ -93,11 +93,9 @@ class Subscription(Generic[T]):
 
 def taken(buffer: deque[T], limit: int, size_of: Callable[[T], int]) -> list[T]:
     """Take from the front: at most `limit` deliveries, and BATCH_BYTES."""
-    found: list[T] = []
-    total = 0
-    while buffer and len(found) < limit:
-        total += size_of(buffer[0])
-        if found and total > BATCH_BYTES:
-            break
-        found.append(buffer.popleft())
+    found = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
+    total = sum(map(size_of, found))
+    while total > BATCH_BYTES and len(found) > 1:
+        total -= size_of(found[-1])
+        buffer.appendleft(found.pop())
     return found

@@ -68,6 +68,7 @@ def test_the_cursors_are_where_the_lines_would_leave_them(
     if (after := cursors_after(placed, cursors)) is not None:
         note("straight")
         assert after == in_lines(placed, cursors, policy)
+        assert list(after) == [key for key in cursors if key in after]
     elif policy == "sequence" and not any(cursor.has_held or cursor.blocked for cursor in cursors.values()):
         assert in_lines(placed, cursors, policy) is None
 

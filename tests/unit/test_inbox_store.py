@@ -1,0 +1,78 @@
+"""The statements of one transaction about the same aggregates are told of them once; about others, anew."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from relay.inbox import store
+from relay.inbox.sequencer import Cursor, Key
+from relay.inbox.store import Store, columns
+from relay.postgres.connect import Connection
+
+ONE, TWO, THREE = [("shop", "order", name) for name in ("1", "2", "3")]
+
+
+class Known:
+    """A connection to a database that knows these cursors; what its statements were told of aggregates."""
+
+    def __init__(self, *keys: Key) -> None:
+        self._keys = keys
+        self.told: list[tuple[Any, ...]] = []
+
+    async def fetch(self, statement: str, consumer: str, *arguments: Any, timeout: float) -> list[tuple[Any, ...]]:
+        self.told.append(arguments)
+        if "FOR UPDATE" in statement:
+            return [
+                (place, 1, b"d", False) for place, name in enumerate(_names(arguments), 1) if name in self._known_names
+            ]
+        return [("shop", "order", name) for name in _names(arguments)]
+
+    async def fetchrow(self, statement: str, consumer: str, *arguments: Any) -> dict[str, Any]:
+        self.told.append(arguments)
+        return {"transaction_id": "1", "places": []}
+
+    async def fetchval(self, statement: str, consumer: str, *arguments: Any) -> str:
+        self.told.append(arguments[:4])
+        return "1"
+
+    @property
+    def _known_names(self) -> set[str]:
+        return {key[2] for key in self._keys}
+
+
+def _names(arguments: tuple[Any, ...]) -> list[str]:
+    return str(arguments[2]).strip('{"}').split('","')
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[list[Key]]:
+    """For which keys columns were made, of some."""
+    found: list[list[Key]] = []
+
+    def making(keys: list[Key]) -> store.Columns:
+        if keys:
+            found.append(list(keys))
+        return columns(keys)
+
+    monkeypatch.setattr(store, "columns", making)
+    return found
+
+
+async def test_aggregates_that_are_known_are_put_into_columns_once(made: list[list[Key]]) -> None:
+    database = Known(ONE, TWO)
+    opened = Store(cast("Connection", database), "billing")
+    cursors = await opened.lock_cursors([TWO, ONE])
+    await opened.write_cursors(cursors)
+    assert made == [[ONE, TWO]]
+    assert database.told == [columns([ONE, TWO])] * 3  # lock, look for what is held, write
+
+
+async def test_every_statement_is_told_of_the_aggregates_that_it_is_about(made: list[list[Key]]) -> None:
+    database = Known(ONE, THREE)
+    opened = Store(cast("Connection", database), "billing")
+    cursors = await opened.lock_cursors([THREE, TWO, ONE])
+    await opened.write_cursors({THREE: cursors[THREE], TWO: Cursor(1)})
+    every = columns([ONE, TWO, THREE])
+    assert database.told == [every, columns([TWO]), every, columns([THREE, TWO])]  # lock, create, look, write
