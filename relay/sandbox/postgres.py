@@ -281,9 +281,15 @@ def _quoted(identifier: str) -> str:
 
 
 def _in_a_thread_of_its_own(dsn: str, statement: str) -> None:
-    """Run one statement from code with or without a running event loop (a test has one, a plain script has none)."""
-    with ThreadPoolExecutor(1, "relay-sandbox-sql") as thread:
-        thread.submit(asyncio.run, _execute(dsn, statement)).result()
+    """Run one statement from code with or without a running event loop (a test has one, a plain script has none).
+
+    Ctrl-C does not wait for it: whoever has the server ends it, and so a statement that hangs.
+    """
+    thread = ThreadPoolExecutor(1, "relay-sandbox-sql")
+    try:
+        thread.submit(lambda: asyncio.run(_execute(dsn, statement))).result()
+    finally:
+        thread.shutdown(wait=False)
 
 
 async def _execute(dsn: str, statement: str) -> None:

@@ -8,20 +8,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiormq
 import asyncpg
 import psutil
+import psycopg
 import pytest
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from relay.errors import SandboxError
-from relay.sandbox import ExternalPostgres, ExternalRabbitMQ, SandboxPostgres, SandboxRabbitMQ
+from relay.sandbox import ExternalPostgres, ExternalRabbitMQ, Postgres, SandboxPostgres, SandboxRabbitMQ
 from relay.sandbox.postgres_binaries import find_postgres_binaries
 
 KINDS = ("system", "embedded")
+HUNG = 4711
+HANGING = f"SELECT pg_advisory_lock({HUNG})"
 LOOPBACK = {"127.0.0.1", "::1"}
 
 
@@ -108,6 +112,34 @@ def test_postgres_survives_the_thread_that_started_it() -> None:
         server.execute("SELECT 1")
     finally:
         server.stop()
+
+
+def test_ctrl_c_does_not_wait_for_a_statement_that_hangs(postgres: Postgres) -> None:
+    ended = f"SELECT pg_terminate_backend(pid) FROM pg_locks WHERE objid = {HUNG} AND NOT granted"
+    with psycopg.connect(postgres.dsn(), autocommit=True) as other:
+        other.execute(HANGING)
+
+        def interrupt() -> None:
+            with psycopg.connect(postgres.dsn(), autocommit=True) as looking:
+                while not looking.execute(f"SELECT FROM pg_locks WHERE objid = {HUNG} AND NOT granted").fetchall():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGINT)
+                interrupted.wait(5)
+                looking.execute(ended)  # or this test would hang if it fails
+
+        interrupted = threading.Event()
+        beside = threading.Thread(target=interrupt)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        beside.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                postgres.execute(HANGING)
+            was_hanging = other.execute(ended).fetchall()
+        finally:
+            interrupted.set()
+            beside.join()
+            signal.signal(signal.SIGINT, before)
+    assert was_hanging == [(True,)]
 
 
 def test_postgres_that_cannot_start_says_what_its_log_says() -> None:
