@@ -152,9 +152,14 @@ async def test_sigterm_while_the_broker_takes_nothing_ends_it_with_0_and_a_secon
     print(f"row 3, alarm: stopped {took_s - 1:.1f} s after the grace period; the second signal took {at_once_s:.2f} s")
 
 
+def states(pid: int) -> set[str]:
+    """Of a process's threads: T is stopped. See proc_pid_stat(5); psutil tells the first thread's for all."""
+    return {task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")}
+
+
 async def is_stopped(pid: int) -> bool:
     """The kernel stops a process a moment after SIGSTOP: when each of its threads has come to it."""
-    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return states(pid) == {"T"}
 
 
 async def test_sigterm_while_nobody_answers_at_the_other_end_ends_it_with_0(
