@@ -24,7 +24,8 @@ class Pace:
 
         `seconds` without those in which it waited for other consumers: they say nothing about this one's size, and two that
         wait for each other would make each other's batches small. And without its COMMIT, which a busy disk or a standby makes
-        slow, whatever is in it: with smaller batches there would only be more of them, down to a message a second.
+        slow, whatever is in it: with smaller batches there would only be more of them, down to a message a second. (What deferred
+        triggers do in it is not told apart: nothing but the setting bounds a batch that they make slow.)
         """
         if seconds > LONG_S:
             self.limit = max(1, int(min(self.limit, messages) / max(2, seconds / LONG_S)))
