@@ -36,11 +36,13 @@ SELECT line FROM (
   FROM pg_class c LEFT JOIN pg_inherits i ON i.inhrelid = c.oid LEFT JOIN pg_class p ON p.oid = i.inhparent
   WHERE c.relnamespace = to_regnamespace('relay') AND c.relkind IN ('r', 'p')
   UNION ALL
+  SELECT 'view relay.' || c.relname FROM pg_class c WHERE c.relnamespace = to_regnamespace('relay') AND c.relkind = 'v'
+  UNION ALL
   SELECT 'column relay.' || c.relname || '.' || a.attname || ' ' || format_type(a.atttypid, a.atttypmod)
       || CASE WHEN a.attnotnull THEN ' not null' ELSE '' END
       || CASE WHEN a.attidentity <> '' THEN ' identity' WHEN a.atthasdef THEN ' default' ELSE '' END
   FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
-  WHERE c.relnamespace = to_regnamespace('relay') AND c.relkind IN ('r', 'p', 'c') AND a.attnum > 0 AND NOT a.attisdropped
+  WHERE c.relnamespace = to_regnamespace('relay') AND c.relkind IN ('r', 'p', 'c', 'v') AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
   SELECT 'constraint relay.' || c.relname || '.' || k.conname
   FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid

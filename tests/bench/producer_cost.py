@@ -44,6 +44,9 @@ AGGREGATES = 20_000
 BEFORE = 5
 """The last migration before 0006, which made the trigger cheaper."""
 
+BEFORE_PARTS = 6
+"""The last migration before 0007, since which a counter moves on to another key after every 32 events."""
+
 PAYLOAD = (
     '{"order": 4711, "customer": "c-30291", "currency": "EUR", "lines": [{"sku": "A-1001", "count": 2, "cents": 1999},'
     ' {"sku": "B-2002", "count": 1, "cents": 4950}], "total_cents": 8948, "paid": true, "note": "leave it with the neighbours"}'
@@ -111,13 +114,14 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "whole": Variant("the whole"),
     "before": Variant("the whole as it was before 0006", upto=BEFORE),
+    "one_row": Variant("one row for a counter, as before 0007", upto=BEFORE_PARTS),
     "bare": Variant("a bare table with a primary key", _BARE),
     "plain": Variant("no trigger", "ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign", given=_ASSIGNED),
     "checks": Variant("without the CHECK", _WITHOUT_CHECKS),
     "by_aggregate": Variant("without the index by aggregate", "DROP INDEX relay.outbox_by_aggregate"),
     "by_xid": Variant("without the index by xid", "DROP INDEX relay.outbox_by_xid"),
     "counter": Variant(
-        "without the counter", edits=((r"INSERT INTO relay\.outbox_aggregate.*?INTO next_seq;", "next_seq := 1;"),)
+        "without the counter", edits=((r"FOR pass IN 1 \.\. 2 LOOP.*?(?=IF NEW\.seq IS DISTINCT)", "next_seq := 1;"),)
     ),
     "definer": Variant(
         "without SECURITY DEFINER and its search_path",

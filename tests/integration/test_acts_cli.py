@@ -255,7 +255,7 @@ class TestTheWrongDatabase:
 
     @pytest.fixture
     def billing(self, db: psycopg.Connection[Any]) -> str:
-        db.execute("TRUNCATE relay.outbox, relay.outbox_parked, relay.outbox_aggregate, relay.outbox_tombstone")
+        db.execute("TRUNCATE relay.outbox, relay.outbox_parked, relay.outbox_counter, relay.outbox_tombstone")
         return db.info.dbname
 
     def test_a_pause_is_refused_where_an_inbox_is(self, run: Run, db: psycopg.Connection[Any], billing: str) -> None:

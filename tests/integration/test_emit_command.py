@@ -210,7 +210,7 @@ async def test_a_refused_commit_is_a_rolled_back_batch(database: str) -> None:
     connection, tally = await asyncpg.connect(database), Tally()
     await connection.execute(
         "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no' USING ERRCODE = '55000'; END$$;"
-        "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON relay.outbox_aggregate DEFERRABLE INITIALLY DEFERRED"
+        "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON relay.outbox_counter DEFERRABLE INITIALLY DEFERRED"
         " FOR EACH ROW EXECUTE FUNCTION no()"
     )
     with pytest.raises(PostgresUnavailable, match="no"):
