@@ -6,6 +6,7 @@ RELAY_TEST_POSTGRES_DSN and RELAY_TEST_RABBITMQ_URL name servers to use instead 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 
@@ -16,16 +17,37 @@ from relay.sandbox import Postgres, RabbitMQ, find_postgres, find_rabbitmq
 from tests.harness.databases import Databases, fresh_name
 
 WAITING = ("tests/faults/test_smoke.py", "tests/faults/test_whole_path.py")
-"""Tests of a minute and more, most of which is waiting: begun first, so that other tests use the processors meanwhile.
+"""Tests of a minute and more, most of which is waiting: one after the other and begun first, beside all the others."""
 
-The one that happened to be the last would be waited for by an idle machine.
-"""
+LONG = (
+    "tests/faults/test_simulation_inbox.py::test_six_thousand",
+    "tests/faults/test_simulation_outbox.py::test_six_thousand",
+    "tests/integration/test_outbox_property.py",
+    "tests/faults/test_purged_queue.py",
+)
+"""Tests of half a minute: each of the other workers begins with some. The one that happened to be the last would be waited for."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In an order that is the same in every worker."""
-    items.sort(key=lambda item: not item.nodeid.startswith(WAITING))
+    """In an order that is the same in every worker: what takes long is at the front of the workers' shares.
+
+    These are equal parts of the list (pytest-xdist's worksteal); of what is left of a share others take the end.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    waiting = [item for item in items if item.nodeid.startswith(WAITING)]
+    long = [item for item in items if item.nodeid.startswith(LONG)]
+    rest = [item for item in items if not item.nodeid.startswith((*WAITING, *LONG))]
+    first = [waiting, *(long[n :: workers - 1] for n in range(workers - 1))] if workers > 1 else [waiting + long]
+    left = len(items)
+    items.clear()
+    for n, share in enumerate(first):
+        size = left // (workers - n)
+        left -= size
+        short = max(size - len(share), 0)
+        items += [*share, *rest[:short]]
+        del rest[:short]
+    items += rest
 
 
 @pytest.hookimpl(wrapper=True)
