@@ -7,6 +7,7 @@ RELAY_TEST_POSTGRES_DSN and RELAY_TEST_RABBITMQ_URL name servers to use instead 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
 
@@ -15,6 +16,11 @@ import structlog
 
 from relay.sandbox import Postgres, RabbitMQ, find_postgres, find_rabbitmq
 from tests.harness.databases import Databases, fresh_name
+
+# A machine may forbid byte code; but then each of the hundreds of processes that tests start compiles relay anew: a
+# quarter of what its start costs.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 WAITING = ("tests/faults/test_smoke.py", "tests/faults/test_whole_path.py")
 """Tests of a minute and more, most of which is waiting: one after the other and begun first, beside all the others."""
