@@ -235,16 +235,16 @@ class InboxSettings(_Section):
         default_factory=dict, description="Policy by aggregate type, where it differs from `policy`."
     )
     batch: int = Field(
-        500,
+        2000,
         ge=1,
         le=20000,
-        description="Most messages applied in one transaction, and 32 MiB of bodies; fewer where that would take longer than a second.",
+        description="Most messages applied in one transaction, and 32 MiB of bodies; fewer where that would take longer than a second. Of a prefetch that is smaller, half.",
     )
     prefetch: int = Field(
-        1000,
+        4000,
         ge=1,
         le=65535,
-        description="Most unacknowledged messages at this consumer. Memory is bounded by 64 MiB of them with rabbitmq.client = fast, by their number alone with stock.",
+        description="Most unacknowledged messages at this consumer: the batch in hand and the next. Where several consumers share a queue and handlers are slow, fewer leave more to the others. Memory is bounded by 64 MiB of them with rabbitmq.client = fast, by their number alone with stock.",
     )
     appliers: int = Field(
         1,
@@ -301,9 +301,12 @@ class InboxSettings(_Section):
     def _relations(self) -> InboxSettings:
         if self.retry_first_s > self.retry_max_s:
             raise ValueError("retry_first_s must not exceed retry_max_s")
-        if self.prefetch < self.batch:
-            raise ValueError("prefetch must be at least batch, or a batch can never fill")
         return self
+
+    @property
+    def most_in_batch(self) -> int:
+        """`batch`, where so many can come; else half of what can, so that the next ones come while these are applied."""
+        return self.batch if self.batch <= self.prefetch else max(1, self.prefetch // 2)
 
 
 class DaemonSettings(_Section):

@@ -205,14 +205,14 @@ class _Loop:
         self._count = count
         self._clock = asyncio.get_running_loop().time
         self._left = limit
-        self._pace = Pace(settings.inbox.batch)
+        self._pace = Pace(settings.inbox.most_in_batch)
         self._retry_at = 0.0
         self._sweep_at = 0.0
         self._purge_at = self._clock()
 
     async def run(self) -> None:
         """Until `stop`, or `limit` messages. Raises BrokerError or PostgresError when the session has ended."""
-        async with Intake(self._consumer, ahead=self._settings.inbox.batch).running() as intake:
+        async with Intake(self._consumer, ahead=self._settings.inbox.most_in_batch).running() as intake:
             await self._run(intake)
 
     async def _run(self, intake: Intake) -> None:

@@ -223,7 +223,6 @@ def test_no_number_is_beyond_all_bounds(name: str, value: object) -> None:
     [
         ({"outbox.retry_first_s": 400}, "outbox: retry_first_s must not exceed retry_max_s"),
         ({"inbox.retry_first_s": 400}, "inbox: retry_first_s must not exceed retry_max_s"),
-        ({"inbox.prefetch": 499}, "inbox: prefetch must be at least batch"),
         ({"daemon.backoff_first_s": 11}, "settings: daemon.backoff_first_s must not exceed daemon.backoff_max_s"),
         (
             {"outbox.poll_interval_s": 0.05},
@@ -532,6 +531,22 @@ def test_every_setting_can_be_set_by_its_variable() -> None:
         sample = special.get(name) or (samples.get(info.annotation) if isinstance(info.annotation, type) else None)
         if sample is not None:
             load_settings(environ={environment_name(name): sample})
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ({}, 2000),
+        ({"inbox.batch": 7, "inbox.prefetch": 7}, 7),
+        ({"inbox.batch": 3000}, 3000),
+        ({"inbox.prefetch": 1999}, 999),
+        ({"inbox.prefetch": 1}, 1),
+    ],
+)
+def test_a_batch_is_as_large_as_set_or_half_of_what_a_smaller_prefetch_lets_come(
+    flags: dict[str, object], most: int
+) -> None:
+    assert load_settings(environ={}, flags=flags).inbox.most_in_batch == most
 
 
 def test_settings_cannot_be_changed() -> None:
