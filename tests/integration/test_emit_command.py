@@ -112,7 +112,9 @@ def test_an_event_that_postgresql_refuses_is_found_in_its_batch(run: Run, databa
 
 def test_a_payload_that_only_the_database_finds_too_large_is_named(run: Run) -> None:
     """PostgreSQL prints jsonb with spaces: a compact text of under 16 MiB can be over it."""
-    content = line(1) + '{"event_type": "Big", "payload": [' + "1," * 7_000_000 + "1]}\n"
+    compact = "[" + ('"' + "x" * 197 + '",') * 83_800 + "1]"
+    assert len(compact) < 16 * 2**20 < len(compact) + 83_800
+    content = line(1) + '{"event_type": "Big", "payload": ' + compact + "}\n"
     error = relay_error(run(content))
     assert str(error).startswith("line 2: PostgreSQL refused the event: relay.outbox: the payload of Big")
 
