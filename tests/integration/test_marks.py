@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +19,7 @@ from relay.outbox.recent import Recent
 from relay.postgres.connect import PLANS, Connection, connection
 from relay.postgres.queries import query
 from relay.settings import PostgresSettings
+from tests.harness.databases import TABLES, Databases
 from tests.harness.outbox import until
 from tests.harness.pair import QUICK, RARE, Pair, pair, taken
 from tests.integration.test_gap_repair import a_row, signed
@@ -243,32 +245,18 @@ INBOX: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.fixture(params=[0, 20_000], ids=["empty", "large"])
-async def log(database: str, request: pytest.FixtureRequest) -> AsyncIterator[Connection]:
-    """Tables of both sides over all partitions, never analysed."""
-    async with connection(PostgresSettings(dsn=SecretStr(database)), application="plans") as opened:
-        await opened.execute("ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign")
-        rows = request.param
-        await opened.execute(
-            "INSERT INTO relay.outbox (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, payload, size) "
-            f"SELECT i, '700', i % 4, 0, 'order', i / 10, i % 10 + 1, 'T', '1', 1 FROM generate_series(1, {rows}) i"
-        )
-        await opened.execute(
-            f"INSERT INTO relay.outbox_aggregate SELECT 'order', i, 10 FROM generate_series(0, {rows} / 10) i"
-        )
-        await opened.execute(
-            "INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq) "
-            f"SELECT 'c', 'shop', 'order', i, 0 FROM generate_series(1, {rows}) i"
-        )
-        await opened.execute(
-            "INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, "
-            "body, digest, reason, state, held_at) SELECT 'c', 'shop', 'order', i, 3, i, 'T', '', '', '', 'early', 'waiting', "
-            f"now() - interval '1 min' FROM generate_series(1, {rows}) i"
-        )
-        await opened.execute(
-            "INSERT INTO relay.inbox_gap (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, next_ask_at) "
-            f"SELECT 'c', 'shop', 'order', i, 2, 'successor', now() FROM generate_series(1, {rows}) i"
-        )
+@pytest.fixture(scope="module", params=[0, 20_000], ids=["empty", "large"])
+def filled(databases: Databases, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The DSN of tables of both sides over all partitions, never analysed, for all statements: none is executed."""
+    with databases.one("plans") as dsn:
+        asyncio.run(fill(dsn, request.param))
+        yield dsn
+
+
+@pytest.fixture
+async def log(filled: str) -> AsyncIterator[Connection]:
+    """A session of a statement's own, in these tables."""
+    async with connection(PostgresSettings(dsn=SecretStr(filled)), application="plans") as opened:
         yield opened
 
 
@@ -290,6 +278,34 @@ async def test_no_statement_scans_a_table(log: Connection, name: str) -> None:
 
 
 # --- helpers
+
+
+async def fill(dsn: str, rows: int) -> None:
+    """So many rows in every table; autovacuum, which would analyse them after a minute, keeps off."""
+    async with connection(PostgresSettings(dsn=SecretStr(dsn)), application="plans") as opened:
+        for table in await opened.fetch(TABLES):
+            await opened.execute(f"ALTER TABLE {table['name']} SET (autovacuum_enabled = off)")
+        await opened.execute("ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign")
+        await opened.execute(
+            "INSERT INTO relay.outbox (id, xid, slot, shard, aggregate_type, aggregate_id, seq, event_type, payload, size) "
+            f"SELECT i, '700', i % 4, 0, 'order', i / 10, i % 10 + 1, 'T', '1', 1 FROM generate_series(1, {rows}) i"
+        )
+        await opened.execute(
+            f"INSERT INTO relay.outbox_aggregate SELECT 'order', i, 10 FROM generate_series(0, {rows} / 10) i"
+        )
+        await opened.execute(
+            "INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq) "
+            f"SELECT 'c', 'shop', 'order', i, 0 FROM generate_series(1, {rows}) i"
+        )
+        await opened.execute(
+            "INSERT INTO relay.inbox_held (consumer, source, aggregate_type, aggregate_id, seq, message_id, event_type, content_type, "
+            "body, digest, reason, state, held_at) SELECT 'c', 'shop', 'order', i, 3, i, 'T', '', '', '', 'early', 'waiting', "
+            f"now() - interval '1 min' FROM generate_series(1, {rows}) i"
+        )
+        await opened.execute(
+            "INSERT INTO relay.inbox_gap (consumer, source, aggregate_type, aggregate_id, to_seq, found_by, next_ask_at) "
+            f"SELECT 'c', 'shop', 'order', i, 2, 'successor', now() FROM generate_series(1, {rows}) i"
+        )
 
 
 def a_named_row(name: str, seq: int) -> Row:
