@@ -46,7 +46,7 @@ FOLLOW_LIMIT = 2000
 """Held successors applied in one transaction; those after them are left to the retry timer, at once."""
 
 FOLLOW_S = 1.0
-"""The same as a time: handlers may be slow, and others may be waiting for the cursors."""
+"""The same as a time: handlers may be slow, and others may be waiting for the cursors. Looked at after one, two, four ... of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,7 +303,7 @@ class Work:
 
         A portion may leave lines out, being bounded in bytes: the loop ends only when no line has a successor.
         """
-        until = self._clock() + FOLLOW_S
+        until, most = self._clock() + FOLLOW_S, 1
         self._handling.follows = True
         while following := {key: line.cursor for key, line in self._lines.items() if line.follows}:
             if self._follow_left <= 0 or self._clock() > until:
@@ -313,8 +313,13 @@ class Work:
             if not found:
                 return
             self._follow_left -= len(found)
-            await self._take(self._rules.placed(found))
-            reached(Point.FOLLOWED)
+            while found:
+                now, found = found[:most], found[most:]
+                most *= 2
+                await self._take(self._rules.placed(now))
+                reached(Point.FOLLOWED)
+                if self._clock() > until:
+                    break
 
     async def _leave_to_timer(self, following: Mapping[Key, Cursor]) -> None:
         for key in await self._store.make_successors_due(following):

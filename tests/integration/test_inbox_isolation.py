@@ -162,6 +162,24 @@ async def test_slow_followers_are_left_to_the_next_transaction(database: str, mo
         assert rounds == [(True, 1), (True, 2), (False, 3)]
 
 
+async def test_a_follower_that_takes_too_long_is_the_last_in_its_transaction_however_many_are_held(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.inbox.work.FOLLOW_S", 0.01)
+    inbox = Inbox("shop")
+
+    @inbox.on("T")
+    async def slowly(event: Event, tx: Connection) -> None:
+        await record(event, tx)
+        await asyncio.sleep(0.02)
+
+    async with bench(database, inbox) as b:
+        await b.apply(*(b.arrival(seq, name) for name in "ab" for seq in range(2, 12)))
+        await b.apply(b.arrival(1, "a"), b.arrival(1, "b"))
+        assert sorted(await b.effects()) == [("a", 1), ("a", 2), ("b", 1)]
+        assert b.applier.left_due
+
+
 async def test_of_failed_messages_whose_handlers_are_slow_few_are_tried_at_a_time_however_fast_new_ones_are(
     database: str,
 ) -> None:
