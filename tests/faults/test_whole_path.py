@@ -102,7 +102,7 @@ async def kill_relays(settings: Settings, database: str, seed: int, kills: int) 
         before = await owner_epoch(database)
         relay = await RelayProcess.start(settings)
         with suppress(TimeoutError):  # the database is down: killed while it waits, which is a point as good as others
-            await until(partial(has_new_owner, database, before), timeout_s=8)
+            await until(partial(has_new_owner, database, before), timeout_s=8, every_s=0.1)
         await asyncio.sleep(0.1 + dice.random())  # the random point of the kill
         await relay.kill()
         assert relay.process.returncode == -9
