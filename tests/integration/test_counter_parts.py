@@ -97,6 +97,14 @@ async def test_with_a_snapshot_from_before_others_wrote_it_is_told_to_retry(data
                 assert await second.fetchval(INSERT, str(n)) == before + after + 1, (before, after)
 
 
+async def test_under_serializable_those_who_write_other_new_aggregates_are_not_in_the_way(database: str) -> None:
+    async with connected(database) as first, connected(database) as second:
+        async with first.transaction(isolation="serializable"), second.transaction(isolation="serializable"):
+            for n in range(5):
+                assert await first.fetchval(INSERT, f"a{n}") == 1
+                assert await second.fetchval(INSERT, f"b{n}") == 1
+
+
 async def test_a_crowd_at_one_aggregate_that_also_rolls_back_leaves_no_hole(database: str) -> None:
     async def writer(number: int) -> int:
         dice, committed = random.Random(number), 0
@@ -144,6 +152,20 @@ async def test_while_an_old_snapshot_is_held_an_insert_looks_at_no_more_pages_af
     assert max(pages) < 120, pages
 
 
+async def test_while_an_old_snapshot_is_held_statistics_do_not_lead_to_a_plan_that_reads_all_versions(
+    database: str,
+) -> None:
+    """Two rows in many pages: reading all that the index has and sorting it seems as good as the index's own order."""
+    async with connected(database) as holder, connected(database) as db:
+        async with holder.transaction(isolation="repeatable_read"):
+            await holder.fetchval("SELECT count(*) FROM relay.outbox")
+            await db.execute(MANY, long := "1" * 500, 3000)
+            await db.execute("ANALYZE relay.outbox_counter")
+        async with connected(database) as fresh:
+            await _pages(fresh, long)  # its catalog's pages
+            assert await _pages(fresh, long) < 60
+
+
 async def test_a_plan_made_while_the_counters_were_few_is_still_by_key_when_they_are_many(database: str) -> None:
     async with connected(database) as db:
         await db.execute(MANY, "1", 2 * PART)
@@ -187,6 +209,50 @@ class TestTheMigration:
             assert await daemon.fetchval(read, "long") == 4 * PART + 7
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await daemon.fetchval("SELECT last_seq FROM relay.outbox_counter")
+
+    async def test_who_could_read_columns_or_grant_it_on_still_can(self, database_of_6: str) -> None:
+        async with connected(database_of_6) as owner, connected(database_of_6) as other:
+            await owner.execute("GRANT SELECT (aggregate_id, last_seq) ON relay.outbox_aggregate TO relay_taker")
+            await owner.execute("GRANT SELECT ON relay.outbox_aggregate TO relay_consumer WITH GRANT OPTION")
+            await migrate(owner)
+            await other.execute("SET ROLE relay_taker")
+            assert await other.fetchval("SELECT last_seq FROM relay.outbox_aggregate WHERE aggregate_id = 'short'") == 3
+            await other.execute("SET ROLE relay_consumer")
+            await other.execute("GRANT SELECT ON relay.outbox_aggregate TO relay_producer")
+            await other.execute("SET ROLE relay_producer")
+            assert await other.fetchval("SELECT count(*) FROM relay.outbox_aggregate") == 3
+
+    async def test_producers_that_come_meanwhile_wait_and_count_on(self, database_of_6: str) -> None:
+        async with (
+            connected(database_of_6) as warm,
+            connected(database_of_6) as cold,
+            connected(database_of_6) as owner,
+        ):
+            assert await warm.fetchval(INSERT, "short") == 4
+            async with owner.transaction():
+                await migrate(owner)
+                waiting = []
+                for producer in (warm, cold):
+                    waiting.append(asyncio.create_task(producer.fetchval(INSERT, "short")))
+                    await _until_it_waits(owner, producer)
+            assert sorted(await asyncio.gather(*waiting)) == [5, 6]
+
+    async def test_beside_an_older_transaction_that_has_written_the_key_is_used_at_once(
+        self, database_of_6: str
+    ) -> None:
+        async with connected(database_of_6) as batch, connected(database_of_6) as owner:
+            await owner.execute(
+                "INSERT INTO relay.outbox_aggregate SELECT 'order', n::text, 1 FROM generate_series(1, 20000) n"
+            )
+            async with batch.transaction():
+                await batch.fetchval("SELECT pg_current_xact_id()")
+                for _ in range(3):
+                    await owner.execute(MANY, "long", 1)
+                await migrate(owner)
+                await owner.execute(MANY, "long", PART)
+                async with connected(database_of_6) as fresh:
+                    await _pages(fresh, "long")  # its catalog's pages
+                    assert await _pages(fresh, "long") < 60
 
 
 async def _pages(db: Connection, aggregate: str) -> int:
