@@ -647,7 +647,16 @@ class TestSecurityDefiner:
                 " WHERE pronamespace = 'relay'::regnamespace AND prosecdef"
             )
         assert [(r["proname"], r["is_trigger"], r["proconfig"]) for r in records] == [
-            ("outbox_assign", True, ["search_path=pg_catalog, pg_temp", "enable_seqscan=off", "enable_bitmapscan=off"])
+            (
+                "outbox_assign",
+                True,
+                [
+                    "search_path=pg_catalog, pg_temp",
+                    "enable_seqscan=off",
+                    "enable_bitmapscan=off",
+                    "enable_indexscan=on",
+                ],
+            )
         ]
 
     async def test_a_producer_cannot_call_it_directly_nor_hang_it_on_a_table_of_its_own(
