@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aio_pika
+import aio_pika.exceptions
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
 
@@ -163,11 +164,29 @@ class Pair:
 
     @asynccontextmanager
     async def both(self, pace: Pace = QUICK) -> AsyncIterator[None]:
-        """Relay and consumer, running."""
+        """Relay and consumer, running; whatever the consumer asks for is heard, if this relay may be asked at all."""
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.relay(pace))
+            if self.producer.outbox.repair and self.producer.rabbitmq.declare_topology:
+                await self.listening()
             await stack.enter_async_context(self.inbox())
             yield
+
+    async def listening(self) -> None:
+        """Wait until the relay takes requests, so that their queue is bound as well: before that, a request goes nowhere."""
+        connection = await aio_pika.connect(self.url)
+        async with connection:
+
+            async def look() -> bool:
+                channel = await connection.channel()
+                try:
+                    queue = await channel.get_queue("relay.repair.shop")
+                except aio_pika.exceptions.ChannelClosed:  # there is none, and such a question costs its channel
+                    return False
+                await channel.close()
+                return bool(queue.declaration_result.consumer_count)
+
+            await until(look)
 
     async def effects(self, aggregate: str) -> list[int]:
         rows = await self.consumer_db.fetch("SELECT seq FROM effect WHERE aggregate = $1 ORDER BY id", aggregate)
@@ -204,6 +223,21 @@ class Pair:
             return dict(await until(found, timeout_s=timeout_s))
         except TimeoutError:
             raise AssertionError(f"no gap with {condition}: {await self.gaps()}") from None
+
+    async def missed(self, *early: tuple[str, int]) -> None:
+        """Wait until these (aggregate id, number) are all that is held as early, and let the consumer miss their predecessors now.
+
+        So a test need not lower `gap_alert_after_s`, which is also the time until it is asked again.
+        """
+
+        async def held() -> bool:
+            return await self.held() == [(aggregate, seq, "early") for aggregate, seq in early]
+
+        await until(held)
+        await self.consumer_db.execute(
+            "WITH old AS (UPDATE relay.inbox_held SET held_at = held_at - interval '1 day' RETURNING consumer) "
+            "SELECT pg_notify('relay_inbox_operate', old.consumer) FROM old"
+        )
 
     async def no_gap(self) -> None:
         """Wait until nothing is missing."""

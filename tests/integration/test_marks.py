@@ -86,13 +86,13 @@ async def test_what_is_recent_is_told_without_waiting_for_the_sweep(pair: Pair) 
     pace = QUICK.__class__(interval_s=0.1, sweep_s=3600)
     async with pair.relay(pace):
         await until(lambda: is_swept(pair))
-        await pair.emit("order/1", 2)
+        await pair.emit("order/1")
         await until(lambda: marks_arrived(pair))
         async with pair.channel() as channel:
             messages = await taken(await channel.get_queue("billing"))
     marks = [m for m in messages if m.type == MARKS]
     assert {m.routing_key for m in marks} == {"order.Changed"}
-    assert json.loads(marks[-1].body) == {"marks": [["order", "1", 2]]}
+    assert json.loads(marks[-1].body) == {"marks": [["order", "1", 1]]}
 
 
 async def test_a_mark_of_events_that_are_on_their_way_is_no_gap(pair: Pair) -> None:
