@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from relay.rabbitmq.session import _USER_TIMEOUT_MS
 from relay.sandbox import SandboxRabbitMQ
 from relay.settings import Settings
 from tests.faults.own_servers import own_broker
@@ -29,6 +30,9 @@ __all__ = ["own_broker"]
 MEGABYTE = 1024 * 1024
 GOODBYES_S = 10.0
 """On top of the grace period: each of relay's connections may take 2 or 3 s for its goodbye. Measured: 3.1 s together."""
+
+PATIENCE_S = _USER_TIMEOUT_MS / 1000
+"""An alarm that lasts longer ends relay's session with the broker, and with it the one that holds the lock: the first of our time-outs."""
 
 BOOK = """
 WITH booked AS (INSERT INTO txn_log SELECT 'a' || $1 || '-' || n, 'a' || n % 100, 1 FROM generate_series(1, $2::integer) n RETURNING *)
@@ -67,7 +71,11 @@ def frozen(own_broker: SandboxRabbitMQ) -> Iterator[SandboxRabbitMQ]:
 async def test_an_alarm_costs_neither_memory_nor_time_nor_the_ownership_and_consumers_go_on(
     database: str, consumer_database: str, broker: str, own_broker: SandboxRabbitMQ, tmp_path: Path
 ) -> None:
-    """Row 5. What is queued is applied during the alarm; what is committed during it waits in the log, not in the relay."""
+    """Row 5. What is queued is applied during the alarm; what is committed during it waits in the log, not in the relay.
+
+    The ownership is kept by the same session while our time-outs allow it. On a machine so busy that the alarm outlasts them, the
+    relay takes the log again.
+    """
     settings = settings_for(consumer_database, broker, inbox__bindings=("account.#",), daemon__log_level="error")
     async with connected(database) as db, connected(consumer_database) as consumer:
         await db.execute(PRODUCER_TABLES)
@@ -77,6 +85,7 @@ async def test_an_alarm_costs_neither_memory_nor_time_nor_the_ownership_and_cons
             await db.execute(BOOK, "before", 500)
             await until(lambda: db.fetchval("SELECT published = 500 FROM relay.outbox_cursor"))
             owner = await db.fetchval(OWNER)
+            alarmed = time.monotonic()
             async with memory_alarm(own_broker):
                 await db.execute(BOOK, "during", 3000)
                 await until(lambda: is_blocked(own_broker))
@@ -89,7 +98,9 @@ async def test_an_alarm_costs_neither_memory_nor_time_nor_the_ownership_and_cons
                     grown = used.memory_info().rss - rss
                     busy = (sum(used.cpu_times()[:2]) - cpu) / (time.monotonic() - began)
                     assert await is_blocked(own_broker), "inconclusive: the alarm was over"
-                    assert await db.fetchval(OWNER) == owner, "it gave the log away, or began another session"
+                    owner_now = await until(lambda: db.fetchval(OWNER))
+                    lasted_s = time.monotonic() - alarmed
+                    assert owner_now == owner or lasted_s > PATIENCE_S, "it gave the log away, or began another session"
                     assert await are_applied(consumer_database, 500)
             healed = time.monotonic()
             async with consuming(settings):
