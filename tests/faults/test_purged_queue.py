@@ -34,16 +34,16 @@ SELECT 'account', aggregate, 'Booked', jsonb_build_object('token', token, 'amoun
 """
 
 
-@pytest.mark.timeout(600)  # on an idle machine it is over in half a minute
+@pytest.mark.timeout(1200)  # on an idle machine it is over in 10 s; with a tenth of a processor in 180 s
 @pytest.mark.parametrize(
-    ("pace", "alert_s", "longest_s"),
+    ("pace", "alert_s", "stalled_s"),
     [
-        pytest.param(Pace(interval_s=0.5, sweep_s=5), 1.0, 200.0, id="quick"),
-        pytest.param(Pace(), 5.0, 240.0, id="defaults", marks=pytest.mark.soak),
+        pytest.param(Pace(interval_s=0.5, sweep_s=5), 1.0, 100.0, id="quick"),
+        pytest.param(Pace(), 5.0, 200.0, id="defaults", marks=pytest.mark.soak),
     ],
 )
 async def test_a_purged_queue_heals_under_load(
-    database: str, consumer_database: str, broker: str, pace: Pace, alert_s: float, longest_s: float
+    database: str, consumer_database: str, broker: str, pace: Pace, alert_s: float, stalled_s: float
 ) -> None:
     settings = settings_for(database, broker)
     inbox = settings_for(
@@ -66,18 +66,18 @@ async def test_a_purged_queue_heals_under_load(
             await db.execute(
                 FILL.replace("fill-", "more-").replace("$1", "'a'").replace("$2", "200").replace("$3", str(PURGED))
             )
-        await until(lambda: has_messages(broker, PURGED + 1000), timeout_s=60)
+        await until(lambda: has_messages(broker, PURGED + 1000), timeout_s=stalled_s)
         purged = await purge(broker)
         started = time.monotonic()
         before = await committed(database)
         async with consumers(inbox, 2):
-            await until(lambda: are_applied(consumer_database, before), timeout_s=longest_s, every_s=0.5)
+            await all_applied(consumer_database, before, stalled_s=stalled_s)
             healed_s = time.monotonic() - started
             stop.set()
             await asyncio.gather(*producers)
             after = await committed(database)
-            await until(lambda: are_applied(consumer_database, after), timeout_s=longest_s, every_s=0.5)
-            await until(lambda: nothing_is_missing(consumer_database), timeout_s=longest_s, every_s=0.5)
+            await all_applied(consumer_database, after, stalled_s=stalled_s)
+            await until(lambda: nothing_is_missing(consumer_database), timeout_s=stalled_s, every_s=0.5)
     verdict = await judge(database, consumer_database)
     print(
         f"\n{purged} messages purged, {len(after) - len(before)} committed meanwhile; all that was lost was applied "
@@ -86,7 +86,6 @@ async def test_a_purged_queue_heals_under_load(
     assert verdict.holds, verdict
     assert purged >= PURGED
     assert len(after) > len(before), "inconclusive: nothing was written meanwhile"
-    assert healed_s < longest_s
 
 
 async def prepare(database: str, consumer_database: str, inbox: Settings) -> None:
@@ -144,11 +143,18 @@ async def committed(database: str) -> set[str]:
         return {r["token"] for r in await db.fetch("SELECT token FROM txn_log")}
 
 
-async def are_applied(consumer_database: str, tokens: set[str]) -> bool:
-    async with connected(consumer_database) as db:
-        if await db.fetchval("SELECT count(*) FROM effect") < len(tokens):
-            return False
-        return tokens <= {r["token"] for r in await db.fetch("SELECT token FROM effect")}
+async def all_applied(consumer_database: str, tokens: set[str], *, stalled_s: float) -> None:
+    """Wait until all of these are, at most `stalled_s` seconds for another one: how long all take is a matter of the machine."""
+    left = tokens
+
+    async def fewer() -> bool:
+        nonlocal left
+        async with connected(consumer_database) as db:
+            left = wanted - {r["token"] for r in await db.fetch("SELECT token FROM effect")}
+        return len(left) < len(wanted)
+
+    while wanted := left:
+        await until(fewer, timeout_s=stalled_s, every_s=0.5)
 
 
 async def nothing_is_missing(consumer_database: str) -> Any:
