@@ -163,7 +163,7 @@ class OutboxSettings(_Section):
         30,
         gt=0,
         le=3600,
-        description="A page that is not confirmed after this many seconds ends the session. The time of a broker's alarm is not counted (with rabbitmq.client = stock it is); an alarm that lasts as long ends it too, and no message is blamed.",
+        description="A page that is not confirmed after this many seconds ends the session. The time of a broker's alarm is not counted (with rabbitmq.client = stock it is); an alarm that lasts as long ends it too (15 s, when more was on its way than the sockets hold), and no message is blamed.",
     )
     standby_interval_s: float = Field(1, gt=0, le=60, description="Seconds between a standby's attempts to take over.")
     retry_first_s: float = Field(

@@ -121,7 +121,8 @@ VARIANTS: dict[str, Variant] = {
     "by_aggregate": Variant("without the index by aggregate", "DROP INDEX relay.outbox_by_aggregate"),
     "by_xid": Variant("without the index by xid", "DROP INDEX relay.outbox_by_xid"),
     "counter": Variant(
-        "without the counter", edits=((r"INSERT INTO relay\.outbox_counter AS c.*?(?=IF NEW\.seq IS DISTINCT)", "next_seq := 1;"),)
+        "without the counter",
+        edits=((r"INSERT INTO relay\.outbox_counter AS c.*?(?=IF NEW\.seq IS DISTINCT)", "next_seq := 1;"),),
     ),
     "definer": Variant(
         "without SECURITY DEFINER and its search_path",
