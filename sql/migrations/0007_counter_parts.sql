@@ -1,7 +1,7 @@
 -- Counters that stay cheap while an old transaction keeps every version of a row alive (a forgotten session, a long report, a dump).
 -- A counter was one row, updated by each event; whoever looks for its newest version then walks through all the older ones: after
 -- 800 events of each of 1 000 aggregates 1 281 pages for one number, a millisecond and more. Now a counter moves on to another key
--- after every 32 events (relay.outbox_assign has that 32), so that no more versions than those are walked through.
+-- after every 32 events (relay.outbox_assign has that 32), so that no more versions than those are walked through, of each of its rows.
 -- Producers wait for this migration: as it does for transactions that have written to the log, at most this long (then it fails, and
 -- nothing of it was done), and then while the counters are written and indexed again, a few seconds for a million aggregates.
 SET LOCAL lock_timeout = '10s';
