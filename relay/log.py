@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import logging
 import sys
-
-import structlog
+from typing import TYPE_CHECKING
 
 from relay.settings import DaemonSettings
+
+if TYPE_CHECKING:
+    import structlog
 
 _QUIET = ("aiormq", "aio_pika", "asyncpg", "asyncio")
 
 
 def configure_logging(settings: DaemonSettings) -> None:
     """Send relay's log to standard error, and keep the libraries at WARNING: aiormq's DEBUG prints whole frames with bodies."""
+    import structlog  # with all of rich: not for a command that only prints
+
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     common: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -46,6 +50,8 @@ def printable(text: str) -> str:
 
 def _adopt_libraries(common: list[structlog.typing.Processor], last: list[structlog.typing.Processor]) -> None:
     """What the libraries log looks like what relay logs; their tracebacks become part of the one line."""
+    import structlog
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from relay.cli import inbox_acts, inbox_look
+from relay.cli.commands import Commands
 from relay.cli.options import config_option, set_option, settings_from
-from relay.cli.seed import seed_command
 from relay.cli.signals import stop_on_signals
 from relay.collector import calm
 from relay.errors import ConfigError
-from relay.inbox import Inbox, load
 from relay.log import configure_logging
 from relay.settings import InboxSettings, Settings
 
+if TYPE_CHECKING:
+    from relay.inbox import Inbox
 
-@click.group("inbox")
+
+ELSEWHERE = Commands(
+    {
+        "dismiss": "relay.cli.inbox_acts:dismiss",
+        "gaps": "relay.cli.inbox_look:gaps",
+        "held": "relay.cli.inbox_look:held",
+        "purge": "relay.cli.inbox_acts:purge",
+        "quarantine": "relay.cli.inbox_look:quarantine",
+        "reset": "relay.cli.inbox_acts:reset",
+        "retry": "relay.cli.inbox_acts:retry",
+        "seed": "relay.cli.seed:seed_command",
+        "skip": "relay.cli.inbox_acts:skip",
+    }
+)
+"""What is not in this module."""
+
+
+@click.group("inbox", commands=ELSEWHERE)
 def inbox() -> None:
     """Apply events in the consumer's database, once, in order."""
 
@@ -65,6 +83,8 @@ def run(
 
 
 def _inbox(application: str | None, settings: InboxSettings) -> Inbox:
+    from relay.inbox import Inbox, load
+
     if application is not None and settings.mode == "store":
         raise ConfigError(
             f"in store mode events are written into relay.inbox and nobody is called: leave out {application}, or --store "
@@ -87,10 +107,3 @@ def _inbox(application: str | None, settings: InboxSettings) -> Inbox:
 async def _run(found: Inbox, settings: Settings) -> None:
     with stop_on_signals(settings.daemon.shutdown_grace_s) as stop:
         await found.run(settings, stop=stop)
-
-
-for command in inbox_acts.COMMANDS:
-    inbox.add_command(command)
-for command in (inbox_look.held, inbox_look.gaps, inbox_look.quarantine):
-    inbox.add_command(command)
-inbox.add_command(seed_command)

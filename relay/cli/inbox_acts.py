@@ -165,6 +165,3 @@ def _carry_out(
     if act.selection.consumer == "":
         raise ConfigError("--consumer is empty")
     carry_out(settings, act, way, consequence=consequence, unit=unit, force=force)
-
-
-COMMANDS: tuple[click.Command, ...] = (retry, skip, purge, reset, dismiss)

@@ -6,33 +6,48 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from relay.cli import outbox_acts
-from relay.cli.bench import bench
-from relay.cli.completion import completion
-from relay.cli.counters import counters
-from relay.cli.demo import demo
-from relay.cli.emit import emit
-from relay.cli.inbox import inbox
-from relay.cli.listing import audit, listing
+from relay.cli.commands import Commands
 from relay.cli.options import config_option, set_option, settings_from
-from relay.cli.replay import replay
-from relay.cli.show import show
 from relay.cli.signals import stop_on_signals
-from relay.cli.status import status
-from relay.cli.stuck import stuck
 from relay.collector import calm
-from relay.daemon import Outbox
 from relay.errors import RelayError, SchemaError
 from relay.log import configure_logging, printable
 from relay.postgres import migrate as schema
 from relay.postgres.connect import connection
 from relay.settings import Settings
 
+if TYPE_CHECKING:
+    from relay.daemon import Outbox
+
 EXIT_PARKED = 8
 """`relay run --drain`: everything was read, but some rows are parked; or a shard is paused."""
+
+ELSEWHERE = Commands(
+    {
+        "audit": "relay.cli.listing:audit",
+        "bench": "relay.cli.bench:bench",
+        "completion": "relay.cli.completion:completion",
+        "counters": "relay.cli.counters:counters",
+        "demo": "relay.cli.demo:demo",
+        "emit": "relay.cli.emit:emit",
+        "inbox": "relay.cli.inbox:inbox",
+        "list": "relay.cli.listing:listing",
+        "pause": "relay.cli.outbox_acts:pause",
+        "purge": "relay.cli.outbox_acts:purge",
+        "replay": "relay.cli.replay:replay",
+        "resume": "relay.cli.outbox_acts:resume",
+        "retry": "relay.cli.outbox_acts:retry",
+        "show": "relay.cli.show:show",
+        "skip": "relay.cli.outbox_acts:skip",
+        "status": "relay.cli.status:status",
+        "stuck": "relay.cli.stuck:stuck",
+    }
+)
+"""What is not in this module."""
 
 
 class Program(click.Group):
@@ -47,7 +62,9 @@ class Program(click.Group):
             ctx.exit(exc.exit_code)
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Program, commands=ELSEWHERE, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="relay-outbox", prog_name="relay")
 def cli() -> None:
     """Transactional outbox and ordered inbox: committed rows arrive at their handler once, in order.
@@ -121,6 +138,8 @@ def run(config: Path | None, assignments: tuple[str, ...], *, drain: bool) -> No
     Several may run: one owns the log, the others stand by and take over within seconds. The first SIGTERM or SIGINT drains
     within daemon.shutdown_grace_s, the second stops at once.
     """
+    from relay.daemon import Outbox
+
     settings = settings_from(config, assignments)
     configure_logging(settings.daemon)
     outbox = Outbox(settings)
@@ -138,19 +157,6 @@ async def _run(outbox: Outbox, *, drain: bool) -> None:
     with stop_on_signals() as stop:
         outbox.stop = stop
         await outbox.run(drain=drain)
-
-
-cli.add_command(inbox)
-cli.add_command(emit)
-cli.add_command(demo)
-cli.add_command(bench)
-cli.add_command(completion)
-for command in outbox_acts.COMMANDS:
-    cli.add_command(command)
-cli.add_command(replay)
-cli.add_command(counters)
-for command in (status, stuck, show, listing, audit):
-    cli.add_command(command)
 
 
 def main() -> None:

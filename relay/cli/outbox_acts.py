@@ -167,6 +167,3 @@ def resume(
 
 def _carry_out(config: Path | None, assignments: tuple[str, ...], act: Act, way: Way, consequence: str) -> None:
     carry_out(settings_from(config, assignments), act, way, consequence=consequence)
-
-
-COMMANDS: tuple[click.Command, ...] = (retry, skip, purge, pause, resume)

@@ -24,7 +24,9 @@ from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
+import relay.cli.inbox
 import relay.cli.main
+import relay.daemon
 import relay.inbox.consumer
 from relay.failpoints import Point, install
 from relay.inbox import Event, Inbox
