@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from relay.errors import ConfigError
+from relay.event_loop import EventLoop
 
 _EXCHANGE_BYTES = 249
 """AMQP's 255 less the `.marks` of the exchange beside it."""
@@ -319,6 +320,10 @@ class DaemonSettings(_Section):
         0.2, gt=0, le=60, description="First delay after a failed session; doubles with jitter."
     )
     backoff_max_s: float = Field(10, gt=0, le=600, description="Longest delay between two sessions.")
+    event_loop: EventLoop = Field(
+        "uvloop",
+        description="uvloop is the faster one; asyncio is Python's own, for where uvloop is not to be had. For `relay run` and `relay inbox run`.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."
     )

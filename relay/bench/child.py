@@ -10,6 +10,7 @@ from typing import Any
 
 from relay.bench.parent import Parent
 from relay.collector import calm
+from relay.event_loop import run_on
 from relay.log import configure_logging
 from relay.settings import Settings
 
@@ -51,10 +52,7 @@ async def play(spec: dict[str, Any], parent: Parent) -> None:
 
 def main() -> None:
     """Play the role that the first line of standard input names."""
-    if sys.argv[1] == "uvloop":
-        importlib.import_module("uvloop").run(_play())  # no dependency: only for comparing
-    else:
-        asyncio.run(_play())
+    run_on("asyncio" if sys.argv[1] == "asyncio" else "uvloop", _play())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import IO, Any
 from pydantic import SecretStr
 
 from relay.bench.figures import MeasurementFailed
+from relay.event_loop import EventLoop
 from relay.settings import Settings
 
 ANSWER_TIMEOUT_S = 600.0
@@ -83,7 +84,7 @@ class Child:
 
 
 @asynccontextmanager
-async def child(role: str, settings: Settings, *, event_loop: str, **spec: Any) -> AsyncIterator[Child]:
+async def child(role: str, settings: Settings, *, event_loop: EventLoop, **spec: Any) -> AsyncIterator[Child]:
     """A process in its role, ready; killed at the end if it has not ended."""
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(

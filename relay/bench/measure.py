@@ -13,6 +13,7 @@ from relay.bench.children import Child, child
 from relay.bench.figures import Latency, MeasurementFailed, Result
 from relay.bench.proc import listener, tree_cpu_s
 from relay.bench.servers import Servers
+from relay.event_loop import EventLoop
 from relay.postgres.connect import connection
 from relay.postgres.queries import query
 from relay.rabbitmq.session import broker_errors, close, connect
@@ -30,7 +31,7 @@ class Bench:
     """What all measurements have in common."""
 
     servers: Servers
-    event_loop: str = "asyncio"  # of our processes
+    event_loop: EventLoop = "uvloop"  # of our processes
 
     @asynccontextmanager
     async def child(self, role: str, settings: Settings, **spec: Any) -> AsyncIterator[Child]:

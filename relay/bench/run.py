@@ -13,6 +13,7 @@ from relay.bench.measure import Bench
 from relay.bench.plan import Step, steps
 from relay.bench.servers import OwnBroker, OwnPostgres, Servers, Vhosts
 from relay.bench.workload import Workload
+from relay.event_loop import EventLoop
 from relay.postgres.connect import connection
 from relay.sandbox import find_postgres, find_rabbitmq
 from relay.settings import Settings
@@ -28,7 +29,7 @@ class Options:
     stages: tuple[str, ...] = ()  # none: all
     rounds: int = 3
     own_servers: bool = False
-    event_loop: str = "asyncio"
+    event_loop: EventLoop = "uvloop"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import json
 import signal
@@ -15,7 +14,7 @@ import click
 from rich.console import Console
 
 from relay.cli.options import config_option, set_option, settings_from
-from relay.errors import ConfigError
+from relay.event_loop import EventLoop
 from relay.log import configure_logging
 from relay.settings import DaemonSettings
 
@@ -64,7 +63,9 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     "--interval", default=1.0, show_default=True, type=click.FloatRange(0.2, 60), help="asleep: seconds between two."
 )
 @click.option("--client", type=click.Choice(["fast", "stock"]), help="AMQP client. Default: rabbitmq.client.")
-@click.option("--event-loop", default="asyncio", show_default=True, type=click.Choice(["asyncio", "uvloop"]), help="Of our processes; uvloop must be installed.")  # fmt: skip
+@click.option(
+    "--event-loop", type=click.Choice(["uvloop", "asyncio"]), help="Of our processes. Default: daemon.event_loop."
+)
 @click.option("--own-servers", is_flag=True, help="On the servers of the settings, in a database and queues of its own. Puts full load on them.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def bench(
@@ -75,7 +76,7 @@ def bench(
     aggregates: tuple[int, ...],
     payload: tuple[int, ...],
     client: str | None,
-    event_loop: str,
+    event_loop: EventLoop | None,
     own_servers: bool,
     as_json: bool,
     **numbers: Any,
@@ -103,8 +104,6 @@ def bench(
     from relay.bench.workload import Workload
 
     configure_logging(DaemonSettings(log_level="warning", log_format="text"))
-    if event_loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
-        raise ConfigError("--event-loop uvloop: uvloop is not installed; pip install uvloop")
     loads = tuple(
         Workload(
             events=count,
@@ -119,10 +118,14 @@ def bench(
         )
         for count, spread, size in itertools.product(events, aggregates, payload)
     )
+    settings = settings_from(config, assignments, rabbitmq__client=client, daemon__event_loop=event_loop)
     options = Options(
-        loads=loads, stages=stages, rounds=numbers["rounds"], own_servers=own_servers, event_loop=event_loop
+        loads=loads,
+        stages=stages,
+        rounds=numbers["rounds"],
+        own_servers=own_servers,
+        event_loop=settings.daemon.event_loop,
     )
-    settings = settings_from(config, assignments, rabbitmq__client=client)
     progress = Console(stderr=True)
     measuring = measure(options, settings, tell=lambda text: progress.print(text, style="dim", markup=False))
     report = asyncio.run(_until_signalled(measuring))

@@ -11,15 +11,14 @@ import signal
 from dataclasses import asdict
 
 from relay.demo.billing import inbox
+from relay.event_loop import run_on
 from relay.inbox import Stats
 from relay.log import configure_logging
-from relay.settings import load_settings
+from relay.settings import Settings, load_settings
 
 
-async def main() -> None:
-    """Until SIGTERM. Settings come from RELAY_* variables."""
-    settings = load_settings()
-    configure_logging(settings.daemon)
+async def main(settings: Settings) -> None:
+    """Until SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await inbox.run(settings, stop=stop, on_commit=tell)
@@ -31,4 +30,6 @@ def tell(stats: Stats) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    found = load_settings()  # from RELAY_* variables
+    configure_logging(found.daemon)
+    run_on(found.daemon.event_loop, main(found))
