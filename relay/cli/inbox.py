@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.signals import stop_on_signals
 from relay.collector import calm
 from relay.errors import ConfigError
+from relay.event_loop import run_on
 from relay.log import configure_logging
 from relay.settings import InboxSettings, Settings
 
@@ -79,7 +79,7 @@ def run(
     configure_logging(settings.daemon)
     application_inbox = _inbox(application, settings.inbox)
     calm()  # after the application's own imports
-    asyncio.run(_run(application_inbox, settings))
+    run_on(settings.daemon.event_loop, _run(application_inbox, settings))
 
 
 def _inbox(application: str | None, settings: InboxSettings) -> Inbox:

@@ -15,6 +15,7 @@ from relay.cli.options import config_option, set_option, settings_from
 from relay.cli.signals import stop_on_signals
 from relay.collector import calm
 from relay.errors import RelayError, SchemaError
+from relay.event_loop import run_on
 from relay.log import configure_logging, printable
 from relay.postgres import migrate as schema
 from relay.postgres.connect import connection
@@ -144,7 +145,7 @@ def run(config: Path | None, assignments: tuple[str, ...], *, drain: bool) -> No
     configure_logging(settings.daemon)
     outbox = Outbox(settings)
     calm()
-    asyncio.run(_run(outbox, drain=drain))
+    run_on(settings.daemon.event_loop, _run(outbox, drain=drain))
     if drain and outbox.parked:
         click.echo(f"relay: {outbox.parked} rows are parked: they could not be published, or are paused", err=True)
     if drain and outbox.paused:
