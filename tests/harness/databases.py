@@ -8,21 +8,18 @@ dropped. Each test finds it under a new name, so that no process of an earlier t
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any
 
 import asyncpg
 
 from relay.postgres.migrate import migrate
 from relay.sandbox import Postgres
-
-T = TypeVar("T")
+from tests.harness.maintenance import Maintenance
 
 CATALOGS = """
 SELECT string_agg(format('SELECT concat_ws('' '', %L, count(*), max(xmin::text::bigint)) FROM pg_catalog.%1$I', relname),
@@ -64,15 +61,18 @@ SEQUENCES = "SELECT setval(seqrelid, seqstart, false) FROM pg_sequence"
 
 FOREIGN = """
 SELECT format('DROP SCHEMA %I CASCADE', nspname) FROM pg_namespace
-WHERE oid >= 16384 AND oid::int8 <> ALL ($1::int8[]) AND nspname !~ '^pg_(toast_)?temp_'
+WHERE oid >= 16384 AND oid::int8 <> ALL (string_to_array($1, ' ')::int8[]) AND nspname !~ '^pg_(toast_)?temp_'
 UNION ALL
 SELECT format('DROP TABLE IF EXISTS %s CASCADE', oid::regclass) FROM pg_class
-WHERE oid >= 16384 AND oid::int8 <> ALL ($1::int8[]) AND relkind IN ('r', 'p') AND relpersistence <> 't'
+WHERE oid >= 16384 AND oid::int8 <> ALL (string_to_array($1, ' ')::int8[]) AND relkind IN ('r', 'p') AND relpersistence <> 't'
 UNION ALL
 SELECT format('DROP FUNCTION IF EXISTS %s CASCADE', oid::regprocedure) FROM pg_proc
-WHERE oid >= 16384 AND oid::int8 <> ALL ($1::int8[]) AND prokind = 'f'
+WHERE oid >= 16384 AND oid::int8 <> ALL (string_to_array($1, ' ')::int8[]) AND prokind = 'f'
 """
-"""What a test added, in an order in which the first may take the others along."""
+"""What a test added, in an order in which the first may take the others along.
+
+What is known comes as one text: of an array asyncpg would ask in each connection what its type is, which takes three times as long.
+"""
 
 KNOWN = """
 SELECT oid::int8 FROM pg_namespace WHERE oid >= 16384 UNION SELECT oid::int8 FROM pg_class WHERE oid >= 16384
@@ -95,7 +95,7 @@ class Fresh:
     looks: tuple[str, ...]  # the answer, and everything else that can be told in words
     tables: dict[str, tuple[int, float]]  # bytes with indexes, and what the planner believes of the number of rows
     rows: dict[str, bytes]  # of the tables that are not empty
-    known: list[int]  # oids; a copy has the template's
+    known: str  # oids; a copy has the template's
 
     @classmethod
     async def of(cls, db: asyncpg.Connection[Any]) -> Fresh:
@@ -104,7 +104,7 @@ class Fresh:
         await db.execute(SEQUENCES)  # as they will be set again; they were not drawn from
         tables = await _tables(db)
         rows = {name: found for name in tables if (found := await _rows(db, name)) != await _rows(db, name, "LIMIT 0")}
-        known = [row[0] for row in await db.fetch(KNOWN)]
+        known = " ".join(str(row[0]) for row in await db.fetch(KNOWN))
         return cls(catalogs=catalogs, looks=await _looks(db, catalogs), tables=tables, rows=rows, known=known)
 
     async def restore(self, db: asyncpg.Connection[Any]) -> bool:
@@ -127,36 +127,40 @@ class Databases:
 
     def __init__(self, postgres: Postgres) -> None:
         self._postgres = postgres
+        self._maintenance = Maintenance(postgres.dsn())
         self._free: list[str] = []
         self.template = fresh_name("template")
-        dsn = postgres.create_database(self.template)
-        self.fresh = _in_a_thread_of_its_own(_migrated(dsn))
+        self._maintenance.execute(f"CREATE DATABASE {self.template}")
+        self.fresh = self._maintenance.run(_migrated(postgres.dsn(self.template)))
 
     def close(self) -> None:
         """Drop the template and what is kept."""
         for name in (*self._free, self.template):
-            self._postgres.drop_database(name)
+            self._drop(name)
         self._free.clear()
+        self._maintenance.close()
 
     @contextmanager
     def one(self, purpose: str = "test") -> Iterator[str]:
         """The DSN of a database that nobody else has, and that looks as if nobody ever had."""
         name = fresh_name(purpose)
         if self._free:
-            self._postgres.execute(f"ALTER DATABASE {self._free.pop()} RENAME TO {name}")
-            dsn = self._postgres.dsn(name)
+            self._maintenance.execute(f"ALTER DATABASE {self._free.pop()} RENAME TO {name}")
         else:
-            dsn = self._postgres.create_database(name, self.template)
-        yield dsn
+            self._maintenance.execute(f"CREATE DATABASE {name} TEMPLATE {self.template}")
+        yield self._postgres.dsn(name)
         if self._as_fresh(name):
             self._free.append(name)
         else:
-            self._postgres.drop_database(name)
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._maintenance.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     def _as_fresh(self, name: str) -> bool:
         """Whatever keeps it from being restored keeps it from being used again, and nothing else."""
         with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-            return _in_a_thread_of_its_own(self._restored(name))
+            return self._maintenance.run(self._restored(name))
         return False
 
     async def _restored(self, name: str) -> bool:
@@ -194,9 +198,3 @@ async def _migrated(dsn: str) -> Fresh:
         return await Fresh.of(connection)
     finally:
         await connection.close()
-
-
-def _in_a_thread_of_its_own(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, from code with or without a running event loop: the test that asks may have one."""
-    with ThreadPoolExecutor(1, "test-databases") as thread:
-        return thread.submit(asyncio.run, work).result()

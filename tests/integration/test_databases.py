@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from relay.sandbox import Postgres
-from tests.harness.databases import Databases
+from tests.harness.databases import Databases, fresh_name
+from tests.harness.maintenance import Maintenance
 from tests.harness.outbox import connected, insert
 
 IDENTITY = "SELECT oid FROM pg_database WHERE datname = current_database()"
@@ -140,3 +141,15 @@ async def test_whoever_is_left_is_thrown_out_and_does_not_find_it_again(own: Dat
 async def test_two_at_the_same_time_are_two(own: Databases) -> None:
     with own.one() as one, own.one() as two:
         assert await use(one) != await use(two)
+
+
+async def test_a_maintenance_session_that_has_ended_is_replaced(postgres: Postgres) -> None:
+    """As it has after a test that restarts the server."""
+    name = fresh_name("session")
+    with closing(Maintenance(postgres.dsn())) as maintenance:
+        maintenance.execute(f"SET application_name = {name}")
+        async with connected(postgres.dsn()) as db:
+            of_it = "FROM pg_stat_activity WHERE application_name = $1"
+            assert await db.fetchval(f"SELECT pg_terminate_backend(pid, 10000) {of_it}", name)
+            maintenance.execute(f"SET application_name = {name}")
+            assert await db.fetchval(f"SELECT count(*) {of_it}", name) == 1
