@@ -189,9 +189,9 @@ class Shard:
 
     async def _begin(self, page: Page) -> None:
         reached(Point.PAGE_READ)
-        await self._get_up()
         await self._settle_answered()  # what is known to be blocked by now is not sent
         self._pipeline.begin(page)
+        await self._get_up()
 
     async def _nothing_new(self, page: Page) -> bool:
         """Nothing was found. True if nothing is in flight, and nothing was committed since the last look."""
@@ -312,6 +312,8 @@ class Shard:
         """Nothing is new: look again soon for a while, then fall asleep if no producer is at work."""
         if self._stop.is_set():
             return
+        if self._wakeup.told:
+            await self._get_up()
         now = self._clock()
         if self._idle_since is None:
             self._idle_since, self._nap_s = now, _BACKOFF_FIRST_S
@@ -325,7 +327,8 @@ class Shard:
             reached(Point.ASLEEP)
             await self._wakeup.wait(self._retry.within(self._settings.poll_interval_s))
             reached(Point.WOKEN)
-            await self._get_up()
+            if not self._wakeup.told:  # else what it is about is read and sent first: that does not depend on who notifies
+                await self._get_up()
         elif now - self._idle_since < _LINGER_S or not await self._wakeup.try_fall_asleep():
             await self._nap(self._nap_s)
             self._nap_s = min(_BACKOFF_LAST_S, self._nap_s * 2)

@@ -36,6 +36,8 @@ class Wakeup:
         """Set by an operator's act and by all but producers: it also ends a nap. Cleared by who has got up."""
         self.acted = False
         """Operators have acted, by their own word. Cleared by who has looked."""
+        self.told = False
+        """A producer ended the last `wait`, and nobody has got up yet."""
 
     def interrupt(self) -> None:
         """End a sleep or a nap: something else than a new event is to be seen to."""
@@ -74,6 +76,7 @@ class Wakeup:
         except TimeoutError:
             return
         self.require_connection()
+        self.told = not self.urgent.is_set()
 
     def require_connection(self) -> None:
         """Raise PostgresUnavailable when the connection is gone: and with it the wake-ups, and the ownership of the shard."""
@@ -82,6 +85,7 @@ class Wakeup:
 
     async def get_up(self) -> None:
         """Release S: producers need not notify any more."""
+        self.told = False
         if self._asleep:
             self._asleep = False
             with postgres_errors():

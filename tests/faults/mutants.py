@@ -368,7 +368,7 @@ def no_barrier(patching: pytest.MonkeyPatch) -> None:
         return True
 
     async def up_without_lock(self: Wakeup) -> None:
-        self._asleep = False
+        self._asleep = self.told = False
 
     patching.setattr(Wakeup, "try_fall_asleep", asleep_without_lock)
     patching.setattr(Wakeup, "get_up", up_without_lock)

@@ -8,6 +8,7 @@ import statistics
 import asyncpg
 import pytest
 
+from relay.outbox.wakeup import Wakeup
 from tests.harness.audit import audit
 from tests.harness.outbox import connected, insert, outbox_running, settings_for, shard_of, until, wait_until
 
@@ -24,6 +25,30 @@ async def test_a_sleeping_relay_is_woken_by_each_insert_without_polling(database
             await insert(db, "order/1")
             await witness.wait_for(n)
             await wait_until(progress, lambda p, asleep=asleep: p.sleeps > asleep)  # type: ignore[misc]
+
+
+async def test_what_woke_the_relay_is_sent_without_waiting_until_producers_need_not_notify_any_more(
+    database: str, broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(database, broker, outbox__poll_interval_s=LONG_S)
+    gets_up, may_get_up = Wakeup.get_up, asyncio.Event()
+
+    async def get_up(self: Wakeup) -> None:
+        if self.asleep:
+            await may_get_up.wait()
+        await gets_up(self)
+
+    monkeypatch.setattr(Wakeup, "get_up", get_up)
+    async with audit(broker) as witness, connected(database) as db, outbox_running(settings) as outbox:
+        progress = await shard_of(outbox)
+        await wait_until(progress, lambda p: p.sleeps > 0)
+        await insert(db, "order/1")
+        await witness.wait_for(1)
+        may_get_up.set()
+        asleep = progress.sleeps
+        await wait_until(progress, lambda p: p.sleeps > asleep)
+        await insert(db, "order/1")
+        await witness.wait_for(2)
 
 
 LOCK_MODES = """
