@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 import structlog
@@ -25,8 +25,8 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 MEMORY = "/dev/shm"  # noqa: S108 - the sandbox makes a private folder in it
-MEMORY_NEEDED = 4 * 2**30
-"""Free bytes from which on a broker may be there: it asks for hundreds of megabytes, and a container may have 64."""
+MEMORY_NEEDED = 8 * 2**30
+"""Free bytes from which on servers may be there: a worker's may take more than one gigabyte, and a container may have 64 megabytes."""
 
 WAITING = ("tests/faults/test_smoke.py", "tests/faults/test_whole_path.py")
 """Tests of a minute and more, most of which is waiting: one after the other and begun first, beside all the others."""
@@ -77,22 +77,28 @@ def logging_is_nobodys() -> Iterator[None]:
     structlog.reset_defaults()
 
 
+@contextmanager
+def in_memory() -> Iterator[None]:
+    """A server that is started within it keeps its data in memory where there is room, as no test can notice: none cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_NEEDED:
+            patch.setattr(tempfile, "tempdir", MEMORY)
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """One PostgreSQL for the whole run; without fsync, which no test can notice: none cuts the power."""
-    with find_postgres(fsync=False) as server:
-        yield server
+    """One PostgreSQL for the whole run, without fsync. To make and drop a database is to make and delete 300 files."""
+    with in_memory():
+        server = find_postgres(fsync=False).start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[RabbitMQ]:
-    """One RabbitMQ for the whole run; in memory where there is room, as no test can notice: none cuts the power.
-
-    Most of what a broker's test waits for is fsync: of a virtual host, of a queue, of a message.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_NEEDED:
-            patch.setattr(tempfile, "tempdir", MEMORY)
+    """One RabbitMQ for the whole run. Most of what a broker's test waits for is fsync: of a virtual host, of a queue, of a message."""
+    with in_memory():
         broker = find_rabbitmq().start()
     yield broker
     broker.stop()
