@@ -12,6 +12,7 @@ from typing import Any
 import aio_pika
 import asyncpg
 import pytest
+from aio_pika.abc import AbstractIncomingMessage
 
 from relay.inbox import Inbox
 from relay.sandbox import Postgres, RabbitMQ
@@ -66,13 +67,22 @@ async def consumers(inbox: Inbox, settings: Settings, count: int) -> AsyncIterat
 
 async def copies_at_the_broker(broker: str) -> int:
     """How many messages the broker accepted more than once: shows that a kill fell between confirm and checkpoint."""
+    ids: list[str | None] = []
+    all_there = asyncio.Event()
     connection = await aio_pika.connect(broker)
     async with connection:
         channel = await connection.channel()
         queue = await channel.get_queue("witness")
-        ids: list[str | None] = []
-        while (message := await queue.get(no_ack=True, fail=False)) is not None:
+
+        async def take(message: AbstractIncomingMessage) -> None:
             ids.append(message.message_id)
+            if len(ids) == queue.declaration_result.message_count:
+                all_there.set()
+
+        await queue.consume(take, no_ack=True)  # one by one takes longer than all the kills
+        async with asyncio.timeout(60):
+            await all_there.wait()
+        assert await queue.get(no_ack=True, fail=False) is None
     return len(ids) - len(set(ids))
 
 

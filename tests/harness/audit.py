@@ -21,11 +21,13 @@ class Audit:
         self.exchange = exchange
         self.queue = queue
         self.messages: list[AbstractIncomingMessage] = []
+        self._ids: set[str | None] = set()  # theirs: to make it anew for each message is quadratic
         self._more = asyncio.Condition()
 
     async def _take(self, message: AbstractIncomingMessage) -> None:
         async with self._more:
             self.messages.append(message)
+            self._ids.add(message.message_id)
             self._more.notify_all()
 
     async def wait_for(self, count: int, *, timeout_s: float = 30) -> list[AbstractIncomingMessage]:
@@ -37,7 +39,7 @@ class Audit:
     async def wait_for_distinct(self, count: int, *, timeout_s: float = 60) -> None:
         """Wait until `count` different messages have arrived."""
         async with asyncio.timeout(timeout_s), self._more:
-            await self._more.wait_for(lambda: len({m.message_id for m in self.messages}) >= count)
+            await self._more.wait_for(lambda: len(self._ids) >= count)
 
     def sequences(self, *, first_only: bool = True) -> dict[str, list[int]]:
         """Sequence numbers by aggregate, in the order of arrival; repeated messages left out if `first_only`."""
