@@ -47,7 +47,7 @@ class Reader:
             )
         snapshot = position.window or Snapshot.parse(records[0]["snapshot"])
         found = records if records and records[0]["id"] is not None else []
-        complete = not found or found[0]["page_rows"] == len(found) < limit
+        complete = not found or (found[-1]["is_last"] and len(found) < limit)
         return Page(to_rows(found), snapshot, complete)
 
     async def _open(self, position: Position, limit: int) -> list[asyncpg.Record]:

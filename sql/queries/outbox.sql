@@ -40,24 +40,25 @@ UPDATE relay.outbox_cursor SET source = $3, cluster_id = $4 WHERE shard = $1 AND
 
 -- name: open_window
 -- The first page of what is new since a snapshot, and the snapshot it was read with. One row at least: with a null id, nothing is new.
--- A page ends at $3 rows, or behind the row that reaches $4 bytes; page_rows tells what the limit of rows gave.
+-- A page ends at $3 rows, or behind the row that reaches $4 bytes; is_last: nothing that the limit of rows gave is behind this row.
+-- One window for both: each further one copies every row once more, 0.3 us of PostgreSQL a row; so does a frame without ROWS.
 -- `id + 0` keeps the planner from walking the index on id through all of history in search of the page.
 -- The columns of a row are those of relay.message.Row, as in all queries that rows are made of; what must be computed of them is, for the
 -- page alone, at the end. created_s: in whole seconds since 1970 (exact: a message says no more, and it is decoded in a tenth of the
 -- time that a timestamptz takes). The snapshot is told once: its list of transactions in progress can be long.
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes)
 WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
-SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapshot, o.page_rows,
+SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapshot, o.is_last,
        o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
        coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
        o.headers::text AS headers, o.routing_key, date_part('epoch', date_trunc('second', o.created_at))::bigint AS created_s,
        coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body, false AS is_tombstone
 FROM me LEFT JOIN LATERAL (
-  SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
+  SELECT p.*, lead(p.id) OVER page IS NULL AS is_last, sum(p.size) OVER page - p.size AS bytes_before FROM (
     SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
     FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
     ORDER BY id + 0 LIMIT $3
-  ) p
+  ) p WINDOW page AS (ORDER BY p.id ROWS UNBOUNDED PRECEDING)
 ) o ON o.bytes_before < $4
 ORDER BY o.id
 
@@ -66,13 +67,13 @@ ORDER BY o.id
 -- Each is looked up on its own: `= ANY (list)` with a long list reads all of a log that was never analysed (PostgreSQL 15).
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[])
 WITH me AS MATERIALIZED (SELECT pg_current_snapshot()::text AS snapshot)
-SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapshot, o.page_rows,
+SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapshot, o.is_last,
        o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
        coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
        o.headers::text AS headers, o.routing_key, date_part('epoch', date_trunc('second', o.created_at))::bigint AS created_s,
        coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body, false AS is_tombstone
 FROM me LEFT JOIN LATERAL (
-  SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
+  SELECT p.*, lead(p.id) OVER page IS NULL AS is_last, sum(p.size) OVER page - p.size AS bytes_before FROM (
     SELECT * FROM (
       SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
       FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
@@ -82,7 +83,7 @@ FROM me LEFT JOIN LATERAL (
         FROM relay.outbox o WHERE o.shard = $1 AND o.xid = t.xid OFFSET 0
       ) late
     ) u ORDER BY id + 0 LIMIT $3
-  ) p
+  ) p WINDOW page AS (ORDER BY p.id ROWS UNBOUNDED PRECEDING)
 ) o ON o.bytes_before < $4
 ORDER BY o.id
 
@@ -90,19 +91,19 @@ ORDER BY o.id
 -- The following pages of a window: by id, new since the cursor's snapshot, visible in the window's.
 -- $1 shard, $2 xmax of the cursor's snapshot (text), $3 page (rows), $4 page (bytes), $5 its transactions in progress (text[]),
 -- $6 after id, $7 window's snapshot (text)
-SELECT o.page_rows, o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
+SELECT o.is_last, o.id, o.aggregate_type, o.aggregate_id, o.seq, o.event_type,
        coalesce(o.content_type, CASE WHEN o.payload IS NULL THEN 'application/octet-stream' ELSE 'application/json' END) AS content_type,
        o.headers::text AS headers, o.routing_key, date_part('epoch', date_trunc('second', o.created_at))::bigint AS created_s,
        coalesce(o.body, convert_to(o.payload::text, 'UTF8')) AS body, false AS is_tombstone
 FROM (
-  SELECT p.*, count(*) OVER () AS page_rows, sum(p.size) OVER (ORDER BY p.id) - p.size AS bytes_before FROM (
+  SELECT p.*, lead(p.id) OVER page IS NULL AS is_last, sum(p.size) OVER page - p.size AS bytes_before FROM (
     SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
     FROM relay.outbox
     WHERE shard = $1 AND id > $6
       AND (xid >= $2::text::xid8 OR xid = ANY ($5::text[]::xid8[]))
       AND pg_visible_in_snapshot(xid, $7::text::pg_snapshot)
     ORDER BY id LIMIT $3
-  ) p
+  ) p WINDOW page AS (ORDER BY p.id ROWS UNBOUNDED PRECEDING)
 ) o
 WHERE o.bytes_before < $4
 ORDER BY o.id

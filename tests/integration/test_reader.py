@@ -53,3 +53,35 @@ async def test_the_time_of_a_row_is_its_own_to_the_second_and_never_rounded_up(d
     assert pages == 2
     assert again.rows == found[:2]
     assert [row.created_at for row in found] == [datetime.fromisoformat(m).replace(microsecond=0) for m in MOMENTS]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["new", "late"])
+@pytest.mark.parametrize(
+    ("page_rows", "page_bytes", "pages"),
+    [
+        (10, 1000, [(5, True)]),
+        (10, 10, [(5, True)]),
+        (10, 9, [(5, True)]),
+        (10, 8, [(4, False), (1, True)]),
+        (10, 4, [(2, False), (2, False), (1, True)]),
+        (2, 1000, [(2, False), (2, False), (1, True)]),
+        (5, 1000, [(5, False), (0, True)]),
+    ],
+)
+async def test_a_page_knows_whether_it_is_the_last_of_its_window_whatever_ended_it(
+    database: str, page_rows: int, page_bytes: int, pages: list[tuple[int, bool]], *, late: bool
+) -> None:
+    """Five rows of two bytes, of one transaction; which was in progress at the cursor, if it is late."""
+    async with connection(PostgresSettings(dsn=SecretStr(database)), application="relay") as opened:
+        async with opened.transaction():
+            for _ in range(5):
+                await opened.execute(INSERT, datetime.fromisoformat(MOMENTS[1]))
+            xid = int(await opened.fetchval("SELECT pg_current_xact_id()::text"))
+        reader = Reader(opened, shard=0, page_rows=page_rows, page_bytes=page_bytes)
+        position = Position(Snapshot(xid, xid + 1, (xid,)) if late else Snapshot(1, 1))
+        found = []
+        while not found or not found[-1][1]:
+            page = await reader.read(position)
+            found.append((len(page.rows), page.complete))
+            position = position.after(page)
+    assert found == pages

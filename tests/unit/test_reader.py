@@ -23,7 +23,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 
 def record(**changes: Any) -> Any:
     """What a query gives: columns by name, the headers as text, and more columns than a row has."""
-    return cast("Any", TEMPLATE._asdict() | {"headers": None, "page_rows": 1} | changes)
+    return cast("Any", TEMPLATE._asdict() | {"headers": None, "is_last": True} | changes)
 
 
 def test_a_record_becomes_the_row_of_its_columns() -> None:
@@ -36,11 +36,11 @@ def record_of_a_page(before: dict[str, Any], columns: dict[str, Any]) -> Any:
     return cast("Any", Record(before | dict(told)))
 
 
-@pytest.mark.parametrize("before", [{}, {"page_rows": 2}, {"snapshot": None, "page_rows": 2}])
+@pytest.mark.parametrize("before", [{}, {"is_last": False}, {"snapshot": None, "is_last": False}])
 def test_the_records_of_a_page_become_the_same_rows_wherever_their_columns_begin(before: dict[str, Any]) -> None:
     columns = [record(), record(id=9, seq=None, headers='{"tenant": "é"}', is_tombstone=True)]
     for each in columns:
-        del each["page_rows"]
+        del each["is_last"]
     rows = [to_row(each)._replace(created_at=each["created_at"].replace(microsecond=0)) for each in columns]
     assert to_rows([record_of_a_page(before, each) for each in columns]) == rows
     assert to_rows([]) == []

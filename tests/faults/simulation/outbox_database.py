@@ -214,7 +214,7 @@ class OutboxDatabase(Server):
             columns = (
                 (n, v) if n != "created_at" else ("created_s", int(v.timestamp())) for n, v in row.record.items()
             )
-            page.append(Record({"page_rows": len(found)} | dict(columns)))
+            page.append(Record({"is_last": row is found[-1]} | dict(columns)))
             size += row.record["size"]
         return page
 
