@@ -70,7 +70,7 @@ def _versions() -> dict[str, str]:
     for name in _LIBRARIES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # uvloop is no dependency
+        except PackageNotFoundError:  # uvloop is none on PyPy
             continue
     return found
 
