@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 from pamqp import body as pamqp_body
 from pamqp import commands, frame, header
 
-from relay.message import MAX_BODY_BYTES, Message
+from relay.message import (
+    AGGREGATE_ID,
+    AGGREGATE_TYPE,
+    CONTENT_DIGEST,
+    MAX_BODY_BYTES,
+    MAX_SEQUENCE,
+    SEQUENCE,
+    Message,
+    to_message,
+)
 from relay.rabbitmq.contract import Refused
 from relay.rabbitmq.refusals import HEADER_BYTES, unsendable
 from relay.rabbitmq.stock_publisher import _amqp
 from relay.rabbitmq.wire import encoding
 from relay.rabbitmq.wire.encoding import Encoder, Unencodable
+from tests.unit.test_parking import TEMPLATE
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 FRAME = 131072 - 8
@@ -41,6 +51,11 @@ def message(**changes: Any) -> Message:
         "body": b"{}",
     }
     return Message(**(given_ | changes))
+
+
+def ours(*values: Any) -> dict[str, Any]:
+    """Headers as relay.message.to_message gives them, in its order."""
+    return dict(zip((CONTENT_DIGEST, AGGREGATE_TYPE, AGGREGATE_ID, SEQUENCE), values, strict=True))
 
 
 def encoder(*, max_payload: int = FRAME) -> Encoder:
@@ -103,7 +118,13 @@ NUMBERS = st.one_of(
 )
 VALUES = st.one_of(TEXTS, st.text(min_size=250, max_size=260), NUMBERS, st.booleans())
 ODD_VALUES = st.one_of(st.none(), st.floats(), st.binary(max_size=3), st.lists(st.integers(), max_size=2))
-HEADERS = st.dictionaries(NAMES, st.one_of(VALUES, VALUES, VALUES, ODD_VALUES), max_size=6)
+ANY_VALUES = st.one_of(VALUES, VALUES, VALUES, ODD_VALUES)
+OURS = st.builds(  # and sometimes with what they never have
+    ours,
+    *(st.one_of(TEXTS, TEXTS, TEXTS, ANY_VALUES) for _ in range(3)),
+    st.one_of(NUMBERS, NUMBERS, NUMBERS, ANY_VALUES),
+)
+HEADERS = st.one_of(st.dictionaries(NAMES, ANY_VALUES, max_size=6), OURS)
 ZONES: Any = st.sampled_from([UTC, timezone(timedelta(hours=14)), timezone(timedelta(hours=-11, minutes=-30)), None])
 TIMES = st.one_of(
     st.datetimes(datetime(1960, 1, 1), datetime(2300, 1, 1), timezones=ZONES),
@@ -207,6 +228,7 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
     ("no texts", dict.fromkeys(("routing_key", "message_id", "event_type", "source", "content_type"), "")),
     ("names of 128 bytes", {"headers": {"n" * 128: "x", "m" * 128: 1, "é" * 64: False, "": ""}}),
     ("numbers of 64 bits", {"headers": {"greatest": 2**63 - 1, "least": -(2**63)}}),
+    ("as many headers as ours, of the same kinds", {"headers": {"a": "x", "b": "y", "c": "z", "d": 1}}),
     ("texts around 256 bytes", {"headers": {str(n): "x" * n for n in (0, 254, 255, 256, 257, 70_000)}}),
     ("1970", {"occurred_at": datetime(1970, 1, 1, tzinfo=UTC)}),
     ("1970 in the west", {"occurred_at": datetime(1969, 12, 31, 19, tzinfo=WEST)}),
@@ -261,6 +283,21 @@ class Name(str):
     __slots__ = ()
 
 
+@pytest.mark.parametrize("others", [{}, {"tenant": "acme"}], ids=["an event's headers", "with one of the producer's"])
+def test_the_headers_of_an_event_are_those_of_its_row(others: dict[str, Any]) -> None:
+    row = TEMPLATE._replace(aggregate_type="order", aggregate_id="é" * 256, seq=MAX_SEQUENCE, headers=others)
+    wanted = to_message(row, source="shop", routing_key="order.Paid")
+    compare(Sent(encoder().encode(wanted)), wanted)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("value", [Size.LARGE, Name("x"), True, 7, "x"], ids=repr)
+def test_each_of_our_headers_is_sent_as_what_it_is(place: int, value: Any) -> None:
+    values: list[Any] = ["sha256:0", "order", "1", 1]
+    values[place] = value
+    compare(Sent(encoder().encode(message(headers=ours(*values)))), message(headers=ours(*values)))
+
+
 def test_a_header_of_a_kind_of_text_or_number_is_what_it_is_a_kind_of() -> None:
     sent = Sent(encoder().encode(message(headers={"size": Size.LARGE, "name": Name("x"), "yes": True})))
     assert sent.properties.headers == {"size": 3, "name": "x", "yes": True}
@@ -281,8 +318,10 @@ def test_what_is_remembered_is_bounded_and_does_not_change_what_is_sent(monkeypa
             occurred_at=NOON + timedelta(seconds=n % 7),
         )
         compare(Sent(one.encode(wanted)), wanted)
+        plain = wanted._replace(headers=ours("sha256:0", name, "x" * (n % 7), n))
+        compare(Sent(one.encode(plain)), plain)
     memories = [memory for memory in vars(one).values() if isinstance(memory, dict)]
-    assert len(memories) == 5
+    assert len(memories) == 7
     assert all(1 <= len(memory) <= 5 for memory in memories)
 
 
