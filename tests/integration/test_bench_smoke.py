@@ -9,11 +9,14 @@ from xml.etree import ElementTree
 import aio_pika
 import pytest
 
+from relay.bench.measure import Bench
+from relay.bench.servers import Servers, Vhosts
+from relay.sandbox import Postgres, RabbitMQ
 from tests.bench import textbook
 from tests.bench.endurance.__main__ import summary, write
 from tests.bench.endurance.load import Comparison, Plan
 from tests.bench.endurance.sides import SIDES, prepare
-from tests.bench.flat_cost import drain
+from tests.bench.flat_cost import bind, drain, fill, publish
 from tests.bench.peers.place import EXCHANGES, bound_queue, channel, depth
 from tests.harness.outbox import connected, settings_for
 
@@ -40,13 +43,22 @@ async def test_the_textbook_relay_marks_nothing_as_sent_that_nobody_received(emp
         assert await db.fetchval("SELECT count(*) FROM textbook_outbox WHERE sent_at IS NULL") == 3
 
 
-async def test_flat_cost_tells_what_an_event_costs(database: str, broker: str) -> None:
-    for analysed in (True, False):
-        settings = settings_for(database, broker, source="bench", outbox__page_rows=100)
-        found = await drain(settings, 2000, analysed=analysed, number=1)
-        assert 0 < found.events < 2000
-        assert 0 < found.cpu_us < 1e6
-        assert 0 < found.wall_us < 1e6
+async def test_flat_cost_tells_what_an_event_costs_and_what_a_message_without_the_database(
+    postgres: Postgres, rabbitmq: RabbitMQ, database: str, broker: str
+) -> None:
+    settings = settings_for(database, broker, source="bench", outbox__page_rows=50)
+    bench = Bench(Servers(postgres, Vhosts(rabbitmq)))
+    await fill(settings, 1500, block=500)
+    await bind(settings)
+    for found in (await publish(bench, settings, 1500, block=500), await drain(bench, settings, 1500)):
+        assert found.events == 1500
+        assert 0 < found.seconds < 60
+        assert 0 < (found.cpu_us["relay"] or 0) < 1e6
+    async with channel(broker) as opened:
+        assert await depth(opened) == 3000
+    async with connected(database) as db:
+        numbers = "SELECT count(*), count(DISTINCT id), count(DISTINCT (aggregate_id, seq)), max(seq) FROM relay.outbox"
+        assert tuple(await db.fetchrow(numbers) or ()) == (1500, 1500, 1500, 3)
 
 
 async def test_an_endurance_run_measures_both_relays_through_a_held_transaction(

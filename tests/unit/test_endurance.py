@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 
-import pytest
-
 from tests.bench.endurance.load import Plan
 from tests.bench.endurance.plot import drawing
 from tests.bench.endurance.windows import CAUGHT_UP, Burst, Meter, Window, minute, percentile
-from tests.bench.flat_cost import Drained, table
+from tests.bench.flat_cost import Measured, Way, table
 
 
 def closed(meter: Meter, now: float, *, held: bool = False) -> Window:
@@ -113,21 +111,26 @@ def test_the_picture_is_wellformed_small_and_interrupted_where_nothing_was_measu
     assert all(len(c.findall("s:rect[@class='shade']", names)) == 1 for c in charts)
 
 
-def test_flat_cost_is_the_ratio_of_medians_to_the_analysed_one_of_the_size_compared_with() -> None:
-    def drained(size: int, us: float, *, analysed: bool = True, number: int = 1) -> Drained:
-        return Drained(size=size, analysed=analysed, round=number, events=size, wall_us=us, cpu_us=us / 2)
+def test_flat_cost_is_the_ratio_of_medians_to_those_of_the_size_compared_with_and_to_raw_publishing() -> None:
+    def measured(size: int, way: Way, us: float, *, number: int = 1) -> Measured:
+        cpu_us = {"relay": us / 2, "rabbitmq": None}
+        return Measured(size=size, way=way, round=number, events=size, wall_us=us, cpu_us=cpu_us)
 
     found = [
-        *(drained(100, us, number=n) for n, us in enumerate((10, 20, 90))),
-        drained(100, 30, analysed=False),
-        drained(1000, 22),
-        drained(1000, 18, analysed=False),
+        *(measured(100, "analysed", us, number=n) for n, us in enumerate((10, 20, 90))),
+        measured(100, "never analysed", 30),
+        measured(100, "raw", 10),
+        measured(1000, "analysed", 22),
+        measured(1000, "never analysed", 18),
+        measured(1000, "raw", 11),
     ]
     rows = table(found, against=100)
-    assert [(r["events"], r["analysed"], r["wall_us_ratio"]) for r in rows] == [
-        (100, True, 1.0),
-        (100, False, 1.5),
-        (1000, True, 1.1),
-        (1000, False, 0.9),
+    assert [(r["events"], r["way"], r["ratio"], r["of_raw"]) for r in rows] == [
+        (100, "raw", 1.0, 1.0),
+        (100, "analysed", 1.0, 2.0),
+        (100, "never analysed", 1.5, 3.0),
+        (1000, "raw", 1.1, 1.0),
+        (1000, "analysed", 1.1, 2.0),
+        (1000, "never analysed", 0.9, 1.636),
     ]
-    assert rows[0]["cpu_us"] == pytest.approx(10.0)
+    assert rows[1]["cpu_us"] == {"relay": 10.0, "rabbitmq": None}

@@ -29,7 +29,8 @@ _WINDOWS, _FULL_WINDOWS = 4, 2
 async def publish(settings: Settings, spec: Mapping[str, Any], parent: Parent) -> None:
     """Publish the first `events` of the outbox in the relay's own pages, as many in flight, from messages made beforehand.
 
-    Measured from the first publish to the last confirm.
+    `times`: all of them so often, one time after the other, for more messages than memory should hold (they must be more than what
+    is in flight at once). Measured from the first publish to the last confirm.
     """
     windows: list[list[Message]] = []
     left: int = spec["events"]
@@ -39,13 +40,14 @@ async def publish(settings: Settings, spec: Mapping[str, Any], parent: Parent) -
             left -= len(windows[-1])
             if not left:
                 break
+    times: int = spec.get("times", 1)
     gc.freeze()  # the relay never holds so many at once: looking through them again and again would lower the ceiling
     meter = Meter()
     async with publishing(settings) as publisher:
         await parent.go()
         with meter:
-            await _publish(publisher, windows, page_bytes=settings.outbox.page_bytes)
-    parent.tell_measured(meter, events=spec["events"] - left)
+            await _publish(publisher, windows * times, page_bytes=settings.outbox.page_bytes)
+    parent.tell_measured(meter, events=(spec["events"] - left) * times)
 
 
 @dataclass(frozen=True, slots=True)
