@@ -79,7 +79,7 @@ async def test_a_page_knows_whether_it_is_the_last_of_its_window_whatever_ended_
             xid = int(await opened.fetchval("SELECT pg_current_xact_id()::text"))
         reader = Reader(opened, shard=0, page_rows=page_rows, page_bytes=page_bytes)
         position = Position(Snapshot(xid, xid + 1, (xid,)) if late else Snapshot(1, 1))
-        found = []
+        found: list[tuple[int, bool]] = []
         while not found or not found[-1][1]:
             page = await reader.read(position)
             found.append((len(page.rows), page.complete))
