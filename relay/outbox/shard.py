@@ -327,7 +327,7 @@ class Shard:
             reached(Point.ASLEEP)
             await self._wakeup.wait(self._retry.within(self._settings.poll_interval_s))
             reached(Point.WOKEN)
-            if not self._wakeup.told:  # else what it is about is read and sent first: that does not depend on who notifies
+            if not self._wakeup.told:  # else what it is about is read and sent first, whoever notifies meanwhile
                 await self._get_up()
         elif now - self._idle_since < _LINGER_S or not await self._wakeup.try_fall_asleep():
             await self._nap(self._nap_s)
