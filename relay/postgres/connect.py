@@ -162,5 +162,5 @@ async def _set_session(connection: Connection, plans: Mapping[str, str]) -> None
     if encoding != "UTF8":
         raise SchemaError(f"the database's encoding is {encoding}; relay needs UTF8")
     session = _SESSION | (_SESSION_17 if connection.get_server_version().major >= 17 else {})
-    # All in one exchange: one by one they would be 17 ways to the server and back.
+    # All in one exchange: one by one each would be a way to the server and back.
     await connection.executemany(query("set_session"), list((session | dict(plans)).items()))
