@@ -47,7 +47,7 @@ _SESSION_17 = {"transaction_timeout": "0"}  # new in PostgreSQL 17
 # The planner's wrong turns, measured: a sequential scan, or a generic plan made for an empty table, costs seconds on a young
 # and never-analysed log (shared/PERFORMANCE.md B and G).
 PLANS = {"enable_seqscan": "off", "plan_cache_mode": "force_custom_plan", "jit": "off"}
-"""For the inbox. Handlers run on the same connection, so only what cannot hurt a statement that has an index."""
+"""For what is asked now and then: gaps, seeds."""
 
 READER_PLANS = PLANS | {
     "enable_bitmapscan": "off",  # the next page of a backlog would read all that is left, and sort it, for each page

@@ -10,13 +10,14 @@ from relay.bench.parent import Meter, Parent
 from relay.bench.stamps import now_ns, stamp_of
 from relay.bench.workload import ROWS_EACH
 from relay.inbox import Event, Inbox, Stats
-from relay.postgres.connect import PLANS, Connection, connection
+from relay.inbox.database import PLANS
+from relay.postgres.connect import Connection, connection
 from relay.postgres.queries import query
 from relay.settings import Settings
 
 
 async def statements(settings: Settings, spec: Mapping[str, Any], parent: Parent) -> None:
-    """The statement of the one-by-one handler, bare: one after the other on one connection, 500 a transaction."""
+    """The statement of the one-by-one handler, bare: one after the other on one connection with the inbox's settings, 500 a transaction."""
     meter, events, aggregates = Meter(), spec["events"], spec["aggregates"]
     async with connection(settings.postgres, application="relay bench", plans=PLANS) as opened:
         sql = query("bench_effect")
