@@ -35,6 +35,8 @@ log = structlog.get_logger()
 
 _LINGER_S = 0.05
 """Idle time before falling asleep. Under load the next event is there sooner, so nobody ever notifies."""
+_LEAST_S = 0.0005
+"""Shorter waits are none on uvloop, which counts whole milliseconds: it would be asked again and again until the next one."""
 _BACKOFF_FIRST_S = 0.001
 _BACKOFF_LAST_S = 0.01
 """Delays between two looks while awake and idle: a look costs about 0.4 ms of PostgreSQL."""
@@ -110,6 +112,8 @@ class Shard:
                 self._wakeup.require_connection()
                 await self._settle_answered()
                 if self._pipeline.is_empty or self._has_to_act():
+                    if self._wakeup.told and self._has_to_act():
+                        await self._get_up()  # this may take long, and asleep every producer would notify meanwhile
                     await self._act()
                 if self._is_held_up():
                     await self._settle_all()
@@ -165,7 +169,7 @@ class Shard:
 
     async def _gather(self) -> None:
         """Wait until the next page is likely to be worth reading, or there is something else to see to."""
-        while (left_s := self._pace.due_s(self._clock())) > 0:
+        while (left_s := self._pace.due_s(self._clock())) > _LEAST_S:
             if self._has_to_act():
                 break  # a nap would end at once, again and again
             if not self._pipeline.is_empty:

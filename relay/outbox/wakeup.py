@@ -37,7 +37,7 @@ class Wakeup:
         self.acted = False
         """Operators have acted, by their own word. Cleared by who has looked."""
         self.told = False
-        """A producer ended the last `wait`, and nobody has got up yet."""
+        """The last `wait` was ended, by all that is known by a producer, and nobody has got up yet."""
 
     def interrupt(self) -> None:
         """End a sleep or a nap: something else than a new event is to be seen to."""

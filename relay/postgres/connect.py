@@ -134,6 +134,8 @@ def address(dsn: str) -> str:
 def _keep_alive(connection: Connection) -> None:
     """By itself asyncpg sets TCP_NODELAY and no more; its transport, which is private, is the only way to its socket."""
     sock = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+    if sock is None:  # so uvloop tells it, where asyncio's sockets raise
+        raise ConnectionResetError("the connection ended right after the login")
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEPALIVE:

@@ -57,6 +57,7 @@ class _Call:
         self.batches: list[Batch] = []  # in the order of its messages
         self.refused: dict[int, Refused] = {}  # by position in the call, ascending; not written
         self.timer: asyncio.TimerHandle | None = None
+        self.due_at = 0.0  # when it goes off, by the loop's clock
         self.left_s: float | None = None  # of the time for its answers, which an alarm has stopped; None: it runs
         self.timed_out = False
         self._open = 0  # batches that are not answered
@@ -304,7 +305,7 @@ class FastPublisher:
         """
         for call in self._calls:
             if blocked and call.left_s is None and call.timer is not None:
-                call.left_s = call.timer.when() - self._loop.time()
+                call.left_s = call.due_at - self._loop.time()
                 self._wind(call, self._confirm_timeout_s)
             elif not blocked and call.left_s is not None:
                 left_s, call.left_s = call.left_s, None
@@ -313,6 +314,7 @@ class FastPublisher:
     def _wind(self, call: _Call, seconds: float) -> None:
         if call.timer is not None:
             call.timer.cancel()
+        call.due_at = self._loop.time() + seconds  # uvloop's timers cannot all tell it
         call.timer = self._loop.call_later(seconds, self._time_out, call)
 
     def _time_out(self, call: _Call) -> None:

@@ -40,6 +40,10 @@ _NO_VHOST = (
 _REFUSED = (402, 403, 404, 405, 406, 530)
 
 
+_ASYNCIO_ONLY = ("happy_eyeballs_delay", "interleave")
+"""Parameters of a URL that aiormq hands to the event loop, and uvloop does not know: it tries a host's addresses one after the other."""
+
+
 class _Transport(aiormq.TransportFactory):
     """A transport, remembered: aiormq keeps no handle on it, and a half-open connection can only be cut by one."""
 
@@ -49,8 +53,12 @@ class _Transport(aiormq.TransportFactory):
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the socket; let the kernel notice a dead peer as well: unacknowledged bytes end the connection."""
+        if not isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+            kwargs = {name: value for name, value in kwargs.items() if name not in _ASYNCIO_ONLY}
         reader, self.writer = await self._inner.create(url, **kwargs)
         sock = self.writer.get_extra_info("socket")
+        if sock is None:  # so uvloop tells it, where asyncio's sockets raise
+            raise ConnectionResetError("the connection ended as soon as it was open")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)

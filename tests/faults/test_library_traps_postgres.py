@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -238,6 +239,16 @@ class TestP:
 
         monkeypatch.setattr(connecting, "_keep_alive", on_a_closed_socket)
         with pytest.raises(PostgresUnavailable, match="Bad file descriptor"):
+            await connect(PostgresSettings(dsn=database), application="traps")
+
+    async def test_a_socket_that_uvloop_has_let_go_of_is_told_as_an_unavailable_server(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where asyncio's sockets raise, there is none."""
+        real = connecting._keep_alive
+        gone: Any = SimpleNamespace(_transport=SimpleNamespace(get_extra_info=lambda _: None))
+        monkeypatch.setattr(connecting, "_keep_alive", lambda _: real(gone))
+        with pytest.raises(PostgresUnavailable, match="ended right after the login"):
             await connect(PostgresSettings(dsn=database), application="traps")
 
     async def test_what_a_platform_does_not_have_is_left_out(

@@ -70,6 +70,14 @@ async def test_every_message_is_confirmed_and_arrives_in_order(opener: Opener, b
     assert [m.headers["x-sequence"] for m in arrived] == list(range(1500))
 
 
+async def test_a_url_that_asks_for_happy_eyeballs_is_good_on_either_event_loop(opener: Opener, broker: str) -> None:
+    """uvloop's connections know nothing of these two."""
+    async with audit(broker) as witness:
+        async with opened(opener, f"{broker}?happy_eyeballs_delay=0.25&interleave=1") as publisher:
+            assert await publisher.publish([message(1)]) == [Confirmed()]
+        await witness.wait_for(1)
+
+
 async def test_calls_at_the_same_time_are_written_in_the_order_in_which_they_were_begun(
     opener: Opener, broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

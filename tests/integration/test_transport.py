@@ -10,8 +10,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import aio_pika
+import aiormq
 import pytest
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pydantic import SecretStr
@@ -313,6 +316,17 @@ async def test_a_stream_is_cut_on_any_event_loop() -> None:
     protocol.data_received(b"HTTP/1.1 400 Bad Request\r\n")
     assert socket.cut == 1
     assert owner.broken is not None
+
+
+async def test_a_socket_that_uvloop_has_let_go_of_is_told_as_an_unavailable_broker() -> None:
+    """Where asyncio's sockets raise, there is none."""
+
+    class Ended(aiormq.TransportFactory):
+        async def create(self, url: URL, **_: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            return MagicMock(), MagicMock(**{"get_extra_info.return_value": None})
+
+    with pytest.raises(BrokerUnavailable, match="ended as soon as it was open"):
+        await connect(RabbitmqSettings(), name="gone", transport=Ended())
 
 
 async def test_cutting_the_session_is_told_at_once() -> None:

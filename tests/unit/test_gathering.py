@@ -47,6 +47,17 @@ async def test_a_parked_row_that_becomes_due_does_not_wait_for_what_gathers() ->
         await shard._gather()
 
 
+async def test_what_an_event_loop_that_counts_milliseconds_cannot_wait_for_is_not_waited_for() -> None:
+    """uvloop would come back at once, again and again until its next millisecond."""
+    shard = gathering(gather_s=60)
+    shard._nap = AsyncMock(side_effect=AssertionError("it waits"))
+    shard._clock = lambda: shard._pace._due_at - 0.0004
+    await shard._gather()
+    shard._clock = lambda: shard._pace._due_at - 0.0006
+    with pytest.raises(AssertionError, match="it waits"):
+        await shard._gather()
+
+
 async def test_an_interruption_after_which_there_is_nothing_to_do_does_not_make_the_log_read_again_and_again() -> None:
     """As where the answer to a row that is tried alone was taken before the news of it came; and the broker has an alarm."""
     shard = gathering(gather_s=0.01)

@@ -21,7 +21,7 @@ from relay.settings import Settings
 _HEAD_START_S = 0.05
 
 _PLANS = {"plan_cache_mode": "force_generic_plan"}
-"""For the statement of `produce`, as PostgreSQL would do by itself for one of VALUES: generate_series, which it takes for a thousand rows,
+"""For the statement of `produce`, as PostgreSQL would do by itself for a prepared one of VALUES: generate_series, which it takes for a thousand rows,
 has it planned anew in each transaction, a sixth of the server's part that no producer would pay."""
 
 
