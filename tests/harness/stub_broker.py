@@ -16,7 +16,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -312,21 +312,20 @@ class StubBroker:
         """Cut everybody and stop listening."""
         assert self._server is not None
         self._server.close()
+        for line in self.lines:
+            line.cut()  # also one whose task has not begun: cancelled, it never would
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line = Line(reader, writer, self._script, self._settled)
         self.lines.append(line)
         self.on_connect(line)
-        task = asyncio.current_task()
-        assert task is not None
+        task = asyncio.create_task(line.serve())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        with suppress(asyncio.CancelledError):
-            await line.serve()
 
 
 @asynccontextmanager
