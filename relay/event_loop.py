@@ -20,8 +20,8 @@ def run_on(event_loop: EventLoop, main: Coroutine[Any, Any, _T]) -> _T:
     """Like `asyncio.run`, on this kind of loop. Raises ConfigError where uvloop cannot be imported."""
     try:
         factory = _factory(event_loop)
-    except BaseException:
-        main.close()
+    except ConfigError:
+        main.close()  # or Python would warn of a coroutine that was never awaited
         raise
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
