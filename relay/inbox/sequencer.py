@@ -32,7 +32,7 @@ class Cursor(NamedTuple):
     last_seq: int = 0  # 0: nothing yet
     last_digest: bytes | None = None  # of last_seq; None: not comparable (nothing applied, or a tombstone)
     blocked: bool = False  # the next message is in the table, to be tried (again) by the retry timer
-    has_held: bool = True  # False: when it was locked, the table held nothing of the aggregate
+    has_held: bool = True  # False: the table is known to hold nothing of the aggregate
 
 
 class Arrival(NamedTuple):

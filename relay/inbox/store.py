@@ -26,7 +26,7 @@ LOCK_TIMEOUT_S = 600.0
 other statements would end our session for that, again and again. A competitor that is gone is noticed by the server."""
 
 _LOCK_ROUNDS = 10
-_NEW = Cursor(has_held=False)
+_NEW = Cursor()
 _cursor = partial(tuple.__new__, Cursor)
 """A Cursor of a tuple: half of the time that its constructor takes, which is a function of Python's."""
 
@@ -151,7 +151,10 @@ class Store:
         return str(await self._connection.fetchval(query("transaction_id")))
 
     async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
-        """The cursors of these aggregates, created where missing, all locked until the end of the transaction."""
+        """The cursors of these aggregates, created where missing, all locked until the end of the transaction.
+
+        In the order in which they are locked. Whether anything is held of them is not known yet.
+        """
         wanted = sorted(set(keys))
         if not wanted:
             return {}
@@ -159,47 +162,51 @@ class Store:
         missing = wanted
         for _ in range(_LOCK_ROUNDS):
             found = await self._lock(missing)
-            cursors = cursors | found if cursors else found
-            if len(found) < len(missing):
-                missing = [key for key in missing if key not in found]
+            if len(found) == len(wanted):
+                return found
+            cursors |= found
+            if missing := [key for key in missing if key not in found]:
                 created = await self._create(missing)
                 cursors |= created
                 missing = [key for key in missing if key not in created]
-            else:
-                missing = []
             if not missing:
-                await self._mark_held(wanted, cursors)
-                return cursors
+                return {key: cursors[key] for key in wanted}
         raise asyncpg.SerializationError(f"the cursors of {len(missing)} aggregates come and go")
 
     async def _lock(self, keys: list[Key]) -> dict[Key, Cursor]:
         """Those that exist."""
         rows = await self._fetch_locking("lock_cursors", *self._columns(keys))
+        self._locked(rows)
         return {
-            keys[place - 1]: _cursor((last_seq, digest, blocked, False)) for place, last_seq, digest, blocked in rows
+            keys[place - 1]: _cursor((last_seq, digest, blocked, True)) for place, last_seq, digest, blocked, _ in rows
         }
 
     async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
         rows = await self._fetch_locking("create_cursors", *columns(keys))
+        self._locked(rows)
         return dict.fromkeys(
-            ((source, aggregate_type, aggregate_id) for source, aggregate_type, aggregate_id in rows), _NEW
+            ((source, aggregate_type, aggregate_id) for source, aggregate_type, aggregate_id, _ in rows), _NEW
         )
+
+    def _locked(self, rows: Sequence[asyncpg.Record]) -> None:
+        """Note the transaction, which comes with the first row if with any."""
+        if rows and self.locked_in is None:
+            self.locked_in = rows[0][-1]
 
     async def _fetch_locking(self, block: str, *arguments: object) -> list[asyncpg.Record]:
         """A statement that may wait for another consumer's transaction."""
         fetching = self._connection.fetch(query(block), self._consumer, *arguments, timeout=self._lock_timeout_s)
         return await (fetching if self._patiently is None else self._patiently(fetching))
 
-    async def _mark_held(self, keys: list[Key], cursors: dict[Key, Cursor]) -> None:
-        """Find out of which of these lines anything is held, now that nobody else can add to them."""
-        row = await self._connection.fetchrow(query("lines_with_held"), self._consumer, *self._columns(keys))
-        if row is None:
-            raise AssertionError("lines_with_held gives one row")
-        self.locked_in = row["transaction_id"]
-        for place in row["places"]:
-            key = keys[place - 1]
-            cursors[key] = cursors[key]._replace(has_held=True)
+    async def looked_for_held(self, cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor]:
+        """Cursors that are locked, so that nobody else adds to what is held; and now it is known of which anything is."""
+        if not cursors:
+            return {}
+        keys = list(cursors)
+        rows = await self._connection.fetch(query("lines_with_held"), self._consumer, *self._columns(keys))
+        held = {keys[place - 1] for (place,) in rows}
+        return {key: cursor._replace(has_held=key in held) for key, cursor in cursors.items()}
 
     def _columns(self, keys: list[Key]) -> Columns:
         """`columns`, made once for the statements of a batch that are about the same aggregates."""
@@ -237,18 +244,24 @@ class Store:
         rows = await self._connection.fetch(query("lock_due_held"), self._consumer, [d.held_id for d in due])
         return sorted(map(_arrival, rows), key=lambda a: a.event.seq or 0)
 
-    async def write_cursors(self, cursors: Mapping[Key, Cursor]) -> None:
-        """Write cursors that are locked by this transaction."""
-        if cursors:
-            keys, values = list(cursors), list(cursors.values())
-            self.written_in = await self._connection.fetchval(
-                query("write_cursors"),
-                self._consumer,
-                *self._columns(keys),
-                arrays.numbers([c.last_seq for c in values]),
-                arrays.octets([c.last_digest for c in values]),
-                [place for place, c in enumerate(values, start=1) if c.blocked],
-            )
+    async def write_cursors(self, cursors: Mapping[Key, Cursor], *, look: bool) -> list[Key]:
+        """Write cursors that are locked by this transaction. `look`: return those of which anything is held; else none."""
+        if not cursors:
+            return []
+        keys, values = list(cursors), list(cursors.values())
+        row = await self._connection.fetchrow(
+            query("write_cursors"),
+            self._consumer,
+            *self._columns(keys),
+            arrays.numbers([c.last_seq for c in values]),
+            arrays.octets([c.last_digest for c in values]),
+            [place for place, c in enumerate(values, start=1) if c.blocked],
+            look,
+        )
+        if row is None:
+            raise AssertionError("write_cursors gives one row")
+        self.written_in = row["transaction_id"]
+        return [keys[place - 1] for place in row["held"] or ()]
 
     async def delete_held_through(
         self, cursors: Mapping[Key, Cursor], applied: Mapping[Key, Mapping[int, bytes]]

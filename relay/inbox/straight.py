@@ -1,7 +1,8 @@
-"""The usual batch, recognised as a whole: every event is the next one of its aggregate, and nothing is held of any. Pure.
+"""The usual batch, recognised as a whole: every event is the next one of its aggregate. Pure.
 
 What a `Line` for each aggregate would come to is then known beforehand: everything is applied in the order it came in, nothing is
-refused and nothing left over. A batch that differs in one event is not for here: the lines take all of it.
+refused and nothing left over. What may be held behind it is looked for afterwards, and can only follow. A batch that differs in one
+event is not for here: the lines take all of it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def cursors_after(placed: Iterable[Placed], cursors: Mapping[Key, Cursor]) -> di
     They are in the order of `cursors`, as they were locked: so their keys need not be told to PostgreSQL anew.
     """
     last: dict[Key, int] = {}
-    for name, (last_seq, _, blocked, has_held) in cursors.items():
-        if blocked or has_held:
+    for name, (last_seq, _, blocked, _) in cursors.items():
+        if blocked:
             return None
         last[name] = last_seq
     newest: dict[Key, Event] = {}

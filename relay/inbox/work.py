@@ -183,11 +183,10 @@ class Work:
         rest = self._careful or batch.due or self._given_up
         after = None if rest else cursors_after(placed, cursors)
         if after is not None:
-            await self._take_straight(placed)
+            await self._take_straight(placed, cursors, after)
         else:
-            self._lines = {key: Line(cursor, self._rules.policy(key[1])) for key, cursor in cursors.items()}
-            await self._take_in_lines(placed, batch.due)
-        await self._write(after)
+            await self._take_in_lines(placed, cursors, batch.due)
+        await self._write_rest()
         await self._heed(batch.controls)
         reached(Point.WRITTEN)
         if (self._store.written_in or await self._store.transaction_id()) != transaction:
@@ -225,21 +224,40 @@ class Work:
         self._fresh = await self._store.insert_seen([arrival.event for key, arrival in placed if key is None])
         return cursors
 
-    async def _take_straight(self, placed: Sequence[Placed]) -> None:
+    async def _take_straight(
+        self, placed: Sequence[Placed], cursors: Mapping[Key, Cursor], after: Mapping[Key, Cursor]
+    ) -> None:
         """Apply all of it, in this order: a failure ends the transaction, so there is nothing to settle."""
         if not self._handling.postpone_all(placed):
             for key, arrival in placed:
                 if not self._handling.postpone(key, arrival):
                     await self._succeeds(arrival)
         await self._handling.call_postponed()
+        if held := await self._store.write_cursors(after, look=True):
+            self._line_up({key: cursors[key] for key in held}, placed)
+            await self._follow()
+            await self._write_lines(after)
 
-    async def _take_in_lines(self, placed: Sequence[Placed], due: Sequence[Due]) -> None:
+    def _line_up(self, cursors: Mapping[Key, Cursor], placed: Sequence[Placed]) -> None:
+        """Something is held of these, it turns out: put their lines where they would be, had they taken what is applied."""
+        self._lines = self._lines_at(cursors)
+        for key, arrival in placed:
+            if key is not None and key in self._lines:
+                self._lines[key].offer(arrival)
+                self._settle(key, arrival, succeeds=True)
+
+    async def _take_in_lines(self, placed: Sequence[Placed], cursors: Mapping[Key, Cursor], due: Sequence[Due]) -> None:
         """Take what came and what is due, aggregate by aggregate as their cursors allow, and what is held behind it."""
+        self._lines = self._lines_at(await self._store.looked_for_held(cursors))
         held = self._rules.placed(await self._store.held(self._given_up))
         given_up = [(key, arrival) for key, arrival in held if key in self._lines]
         locked = self._rules.placed(await self._store.lock_due(due))
         await self._take([*given_up, *placed, *locked])
         await self._follow()
+        await self._write_lines({})
+
+    def _lines_at(self, cursors: Mapping[Key, Cursor]) -> dict[Key, Line]:
+        return {key: Line(cursor, self._rules.policy(key[1])) for key, cursor in cursors.items()}
 
     async def _take(self, placed: Sequence[Placed]) -> None:
         """Take arrivals in this order, and apply what can be applied. Awaits nothing for an event that is postponed."""
@@ -249,7 +267,7 @@ class Work:
             if key is None:
                 self._settle_loose(arrival, succeeds)
             else:
-                self._settle(key, arrival, succeeds)
+                self._settle(key, arrival, succeeds=succeeds)
         await self._handling.call_postponed()
 
     def _applicable(self, placed: Sequence[Placed]) -> Iterator[Placed]:
@@ -283,7 +301,7 @@ class Work:
         self._tally.add("applied")
         return True
 
-    def _settle(self, key: Key, arrival: Arrival, succeeds: bool) -> None:
+    def _settle(self, key: Key, arrival: Arrival, *, succeeds: bool) -> None:
         line = self._lines[key]
         if not succeeds:
             line.failed(arrival)
@@ -347,18 +365,15 @@ class Work:
             )
         )
 
-    async def _write(self, straight: Mapping[Key, Cursor] | None) -> None:
-        """Cursors, what is held and what is not; `straight`: the cursors, of a batch without lines."""
-        if straight is None:
-            await self._write_lines()
-        else:
-            await self._store.write_cursors(straight)
+    async def _write_rest(self) -> None:
+        """What is written once for the whole batch, whichever way its events were taken."""
         await self._store.quarantine(self._strangers)
         if self._stored is not None:
             await self._stored.write()
         self._tally.add("quarantined", len(self._strangers))
 
-    async def _write_lines(self) -> None:
+    async def _write_lines(self, written: Mapping[Key, Cursor]) -> None:
+        """What is held and what is not, and cursors that have moved, unless they are `written` already as they are."""
         clearing = {key: line for key, line in self._lines.items() if line.clears_held}
         unread = await self._store.delete_held_through(
             {key: line.cursor for key, line in clearing.items()},
@@ -368,9 +383,8 @@ class Work:
         self._tally.add("quarantined", len(unread))
         await self._store.delete_held(self._loose_done)
         await self._hold()
-        await self._store.write_cursors(
-            {k: line.cursor for k, line in self._lines.items() if line.cursor != line.before}
-        )
+        moved = {k: line.cursor for k, line in self._lines.items() if line.cursor != written.get(k, line.before)}
+        await self._store.write_cursors(moved, look=False)
 
     async def _heed(self, controls: Sequence[Control]) -> None:
         """Marks and answers of relays: after the cursors are written, since what they speak of may be in the same batch."""

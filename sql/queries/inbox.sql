@@ -38,7 +38,8 @@ SELECT pg_current_xact_id()::text
 -- Each is looked for by its key: a subquery that locks is never joined in another way.
 -- $1 consumer, pairs: $2 sources (text[]), $3 aggregate types (text[]); $4 aggregate ids (a text[] as text, as relay.postgres.arrays
 -- writes it), $5 their pairs (integer[], from 1; empty: all are of the first), sorted by source, type, id as bytes
-SELECT k.place, c.last_seq, c.last_digest, c.blocked
+-- With the first of them comes the transaction that they are locked in.
+SELECT k.place, c.last_seq, c.last_digest, c.blocked, CASE k.place WHEN 1 THEN pg_current_xact_id()::text END AS transaction_id
 FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
 CROSS JOIN LATERAL (
   SELECT a.last_seq, a.last_digest, a.blocked FROM relay.inbox_aggregate a
@@ -49,28 +50,27 @@ CROSS JOIN LATERAL (
 
 -- name: create_cursors
 -- Cursors of aggregates never seen before: two consumers must not apply number 1 both, nor one hold number 2 unseen while
--- the other applies number 1. Returns those that are ours now; waits for a consumer that is creating the same one.
+-- the other applies number 1. Returns those that are ours now, and the transaction we are in; waits for a consumer that is creating
+-- the same one.
 -- $1 to $5 as in lock_cursors, in the same order
 INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq)
 SELECT $1, ($2::text[])[coalesce(k.pair, 1)], ($3::text[])[coalesce(k.pair, 1)], k.aggregate_id, 0
 FROM unnest($4::text::text[], $5::integer[]) AS k (aggregate_id, pair)
 ON CONFLICT (aggregate_id, aggregate_type, source, consumer) DO NOTHING
-RETURNING source, aggregate_type, aggregate_id
+RETURNING source, aggregate_type, aggregate_id, pg_current_xact_id()::text AS transaction_id
 
 -- name: lines_with_held
--- Which of these aggregates have anything in the table of held messages (their places in the arrays), and the transaction we are in.
+-- Which of these aggregates have anything in the table of held messages: their places in the arrays.
 -- To be asked once their cursors are locked: then nobody adds anything. Most have nothing, and need not be asked about it again.
 -- $1 to $5 as in lock_cursors
-SELECT pg_current_xact_id()::text AS transaction_id, ARRAY(
-  SELECT k.place
-  FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
-  CROSS JOIN LATERAL (
-    SELECT FROM relay.inbox_held h
-    WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
-      AND h.source = ($2::text[])[coalesce(k.pair, 1)] AND h.consumer = $1 AND h.seq IS NOT NULL
-    LIMIT 1
-  ) AS any_held
-) AS places
+SELECT k.place
+FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+CROSS JOIN LATERAL (
+  SELECT FROM relay.inbox_held h
+  WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
+    AND h.source = ($2::text[])[coalesce(k.pair, 1)] AND h.consumer = $1 AND h.seq IS NOT NULL
+  LIMIT 1
+) AS any_held
 
 -- name: insert_seen
 -- Returns the ids that were not seen before: theirs are the messages to apply.
@@ -181,9 +181,10 @@ SELECT extract(epoch FROM min(next_attempt_at) - clock_timestamp())::double prec
 FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 
 -- name: write_cursors
--- An upsert, though every row exists and is locked: there is no join for the planner to turn round. Returns the transaction we are in.
+-- An upsert, though every row exists and is locked: there is no join for the planner to turn round. Returns the transaction we are in,
+-- and the places that lines_with_held would, if they are asked for: the usual batch finds nothing, and is spared a round trip for it.
 -- $1 to $5 as in lock_cursors, $6 last seqs (a bigint[] as text), $7 last digests (a bytea[] as text),
--- $8 the places of those that are blocked (bigint[])
+-- $8 the places of those that are blocked (bigint[]), $9 whether to look for what is held
 WITH written AS (
   INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
   SELECT $1, ($2::text[])[coalesce(c.pair, 1)], ($3::text[])[coalesce(c.pair, 1)], c.aggregate_id, c.last_seq, c.last_digest,
@@ -193,7 +194,16 @@ WITH written AS (
   ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
   DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
 )
-SELECT pg_current_xact_id()::text
+SELECT pg_current_xact_id()::text AS transaction_id, CASE WHEN $9::boolean THEN ARRAY(
+  SELECT k.place
+  FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+  CROSS JOIN LATERAL (
+    SELECT FROM relay.inbox_held h
+    WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
+      AND h.source = ($2::text[])[coalesce(k.pair, 1)] AND h.consumer = $1 AND h.seq IS NOT NULL
+    LIMIT 1
+  ) AS any_held
+) END AS held
 
 -- name: delete_held_through
 -- Held messages that have been applied, or were overtaken. What was applied under the same number came from the broker, and

@@ -53,11 +53,16 @@ class Memory(Store):
 
     async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
         """As they were written last."""
-        return {key: self.cursors.get(key, Cursor())._replace(has_held=False) for key in keys}
+        return {key: self.cursors.get(key, Cursor()) for key in keys}
 
-    async def write_cursors(self, cursors: Mapping[Key, Cursor]) -> None:
-        """Remember them."""
+    async def looked_for_held(self, cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor]:
+        """Nothing is held of any."""
+        return {key: cursor._replace(has_held=False) for key, cursor in cursors.items()}
+
+    async def write_cursors(self, cursors: Mapping[Key, Cursor], *, look: bool) -> list[Key]:
+        """Remember them; nothing is held of any."""
         self.cursors.update(cursors)
+        return []
 
     async def successors(self, cursors: Mapping[Key, Cursor], portion: int) -> list[Arrival]:
         """None."""

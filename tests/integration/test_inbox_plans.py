@@ -34,7 +34,7 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "due_held": ("c", 100, 1_000_000),
     "lock_due_held": ("c", SEQS),
     "next_due": ("c",),
-    "write_cursors": ("c", *KEYS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), []),
+    "write_cursors": ("c", *KEYS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), [], True),
     "delete_held_through": ("c", "s", "t", IDS, SEQS, IDS, SEQS, [b""] * 200, "relay.tombstone"),
     "held_by_id": ("c", SEQS),
     "delete_held": (SEQS,),
@@ -51,6 +51,7 @@ BY_INDEX = {
     "release_waiting": "inbox_held_by_aggregate",
     "delete_held_through": "inbox_held_by_aggregate",
     "held_digest": "inbox_held_by_aggregate",
+    "write_cursors": "inbox_held_by_aggregate",
     "due_held": "inbox_held_due",
     "next_due": "inbox_held_due",
     "lock_due_held": "inbox_held_pkey",
@@ -110,7 +111,9 @@ def wrong_with(name: str, explained: str) -> list[str]:
 async def test_planned_for_its_values_no_statement_of_a_batch_scans_a_table(
     rows: int, then: str, database: str
 ) -> None:
-    mixed = {"lock_cursors": ("c", *MIXED), "lines_with_held": ("c", *MIXED)}
+    mixed = {
+        name: ("c", *MIXED, *STATEMENTS[name][5:]) for name in ("lock_cursors", "lines_with_held", "write_cursors")
+    }
     async with tables(database, rows, then) as connection:
         wrong = []
         for name, values in (*STATEMENTS.items(), *mixed.items()):

@@ -25,17 +25,15 @@ class Known:
         self.told.append(arguments)
         if "FOR UPDATE" in statement:
             return [
-                (place, 1, b"d", False) for place, name in enumerate(_names(arguments), 1) if name in self._known_names
+                (place, 1, b"d", False, "1")
+                for place, name in enumerate(_names(arguments), 1)
+                if name in self._known_names
             ]
-        return [("shop", "order", name) for name in _names(arguments)]
+        return [("shop", "order", name, "1") for name in _names(arguments)]
 
     async def fetchrow(self, statement: str, consumer: str, *arguments: Any) -> dict[str, Any]:
-        self.told.append(arguments)
-        return {"transaction_id": "1", "places": []}
-
-    async def fetchval(self, statement: str, consumer: str, *arguments: Any) -> str:
         self.told.append(arguments[:4])
-        return "1"
+        return {"transaction_id": "1", "held": []}
 
     @property
     def _known_names(self) -> set[str]:
@@ -64,15 +62,19 @@ async def test_aggregates_that_are_known_are_put_into_columns_once(made: list[li
     database = Known(ONE, TWO)
     opened = Store(cast("Connection", database), "billing")
     cursors = await opened.lock_cursors([TWO, ONE])
-    await opened.write_cursors(cursors)
+    await opened.write_cursors(cursors, look=True)
     assert made == [[ONE, TWO]]
-    assert database.told == [columns([ONE, TWO])] * 3  # lock, look for what is held, write
+    assert database.told == [columns([ONE, TWO])] * 2  # lock, write
 
 
 async def test_every_statement_is_told_of_the_aggregates_that_it_is_about(made: list[list[Key]]) -> None:
     database = Known(ONE, THREE)
     opened = Store(cast("Connection", database), "billing")
     cursors = await opened.lock_cursors([THREE, TWO, ONE])
-    await opened.write_cursors({THREE: cursors[THREE], TWO: Cursor(1)})
-    every = columns([ONE, TWO, THREE])
-    assert database.told == [every, columns([TWO]), every, columns([THREE, TWO])]  # lock, create, look, write
+    await opened.write_cursors({THREE: cursors[THREE], TWO: Cursor(1)}, look=True)
+    assert database.told == [columns([ONE, TWO, THREE]), columns([TWO]), columns([THREE, TWO])]  # lock, create, write
+
+
+async def test_cursors_come_in_the_order_in_which_they_are_locked_also_those_that_are_created() -> None:
+    opened = Store(cast("Connection", Known(ONE, THREE)), "billing")
+    assert list(await opened.lock_cursors([THREE, TWO, ONE])) == [ONE, TWO, THREE]

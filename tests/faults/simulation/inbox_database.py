@@ -149,31 +149,31 @@ class InboxDatabase(Server):
             if self.locks_cursors:
                 await self.lock(session, key)
             row = self.read(session, "cursors")[key]
-            found.append((place, row.last_seq, row.last_digest, row.blocked))
+            found.append((place, row.last_seq, row.last_digest, row.blocked, self._transaction_id(session)))
         return found
 
-    async def _create_cursors(self, session: Session, _consumer: str, *columns: Any) -> list[Key]:
-        created = []
+    async def _create_cursors(self, session: Session, _consumer: str, *columns: Any) -> list[tuple[str, ...]]:
+        created: list[tuple[str, ...]] = []
         for key in _keys(*columns):
             if self.locks_cursors:
                 await self.lock(session, key)
             if key not in self.read(session, "cursors"):
                 self.write(session, "cursors", key, CursorRow())
-                created.append(key)
+                created.append((*key, self._transaction_id(session)))
         return created
 
-    def _lines_with_held(self, session: Session, _consumer: str, *columns: Any) -> list[dict[str, Any]]:
+    def _lines_with_held(self, session: Session, _consumer: str, *columns: Any) -> list[tuple[int]]:
         held = {row.key for row in self.held(session).values() if row.seq is not None}
-        places = [place for place, key in enumerate(_keys(*columns), start=1) if key in held]
-        return [{"transaction_id": self._transaction_id(session), "places": places}]
+        return [(place,) for place, key in enumerate(_keys(*columns), start=1) if key in held]
 
-    def _write_cursors(self, session: Session, _consumer: str, *columns: Any) -> str:
-        last_seqs, digests, blocked = columns[4:]
+    def _write_cursors(self, session: Session, consumer: str, *columns: Any) -> list[dict[str, Any]]:
+        last_seqs, digests, blocked, look = columns[4:]
         known = [None if digest is None else bytes.fromhex(digest.removeprefix("\\x")) for digest in _array(digests)]
         rows = zip(_keys(*columns[:4]), _array(last_seqs), known, strict=True)
         for place, (key, last_seq, digest) in enumerate(rows, start=1):
             self.write(session, "cursors", key, CursorRow(last_seq, digest, place in blocked))
-        return self._transaction_id(session)
+        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])] if look else None
+        return [{"transaction_id": self._transaction_id(session), "held": held}]
 
     async def _insert_seen(
         self, session: Session, _consumer: str, sources: list[str], ids: list[str]

@@ -295,8 +295,8 @@ def cursors_not_locked() -> Any:
 def cursor_not_written() -> Any:
     """Effects are committed without the cursor."""
 
-    async def mutated(self: InboxStore, cursors: Any) -> None:
-        """Nothing is written."""
+    async def mutated(self: InboxStore, cursors: Any, *, look: bool) -> list[Any]:
+        return []
 
     return patch.object(InboxStore, "write_cursors", mutated)
 
@@ -325,6 +325,26 @@ def held_do_not_follow() -> Any:
         """Nothing follows."""
 
     return patch.object(Work, "_follow", mutated)
+
+
+def held_not_looked_for_afterwards() -> Any:
+    """A batch that is in order is all there is: what is held behind it is not looked for."""
+    write = InboxStore.write_cursors
+
+    async def mutated(self: InboxStore, cursors: Any, *, look: bool) -> list[Any]:
+        await write(self, cursors, look=look)
+        return []
+
+    return patch.object(InboxStore, "write_cursors", mutated)
+
+
+def lined_up_at_the_start() -> Any:
+    """What is held behind a batch that is in order is dealt with as if the batch had not been applied."""
+
+    def mutated(self: Work, cursors: Any, _placed: Any) -> None:
+        self._lines = self._lines_at(cursors)
+
+    return patch.object(Work, "_line_up", mutated)
 
 
 def early_not_held() -> Any:
@@ -359,6 +379,8 @@ INBOX: tuple[Mutant, ...] = (
     failed_counts_as_applied,
     failed_does_not_block,
     held_do_not_follow,
+    held_not_looked_for_afterwards,
+    lined_up_at_the_start,
     early_not_held,
     stale_is_applied,
 )
