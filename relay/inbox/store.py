@@ -245,7 +245,7 @@ class Store:
         return sorted(map(_arrival, rows), key=lambda a: a.event.seq or 0)
 
     async def write_cursors(self, cursors: Mapping[Key, Cursor], *, look: bool) -> list[Key]:
-        """Write cursors that are locked by this transaction. `look`: return those of which anything is held; else none."""
+        """Write cursors that are locked by this transaction. `look`: if anything is held of some, write none, and return those."""
         if not cursors:
             return []
         keys, values = list(cursors), list(cursors.values())
@@ -261,7 +261,7 @@ class Store:
         if row is None:
             raise AssertionError("write_cursors gives one row")
         self.written_in = row["transaction_id"]
-        return [keys[place - 1] for place in row["held"] or ()]
+        return [keys[place - 1] for place in row["held"]]
 
     async def delete_held_through(
         self, cursors: Mapping[Key, Cursor], applied: Mapping[Key, Mapping[int, bytes]]

@@ -236,7 +236,7 @@ class Work:
         if held := await self._store.write_cursors(after, look=True):
             self._line_up({key: cursors[key] for key in held}, placed)
             await self._follow()
-            await self._write_lines(after)
+            await self._write_lines(after)  # not sooner: who follows may end the transaction, and commit it
 
     def _line_up(self, cursors: Mapping[Key, Cursor], placed: Sequence[Placed]) -> None:
         """Something is held of these, it turns out: put their lines where they would be, had they taken what is applied."""
@@ -372,8 +372,8 @@ class Work:
             await self._stored.write()
         self._tally.add("quarantined", len(self._strangers))
 
-    async def _write_lines(self, written: Mapping[Key, Cursor]) -> None:
-        """What is held and what is not, and cursors that have moved, unless they are `written` already as they are."""
+    async def _write_lines(self, straight: Mapping[Key, Cursor]) -> None:
+        """What is held and what is not, and cursors that have moved: those of lines, and of what was taken `straight`."""
         clearing = {key: line for key, line in self._lines.items() if line.clears_held}
         unread = await self._store.delete_held_through(
             {key: line.cursor for key, line in clearing.items()},
@@ -383,8 +383,8 @@ class Work:
         self._tally.add("quarantined", len(unread))
         await self._store.delete_held(self._loose_done)
         await self._hold()
-        moved = {k: line.cursor for k, line in self._lines.items() if line.cursor != written.get(k, line.before)}
-        await self._store.write_cursors(moved, look=False)
+        moved = {key: line.cursor for key, line in self._lines.items() if line.cursor != line.before}
+        await self._store.write_cursors({**straight, **moved}, look=False)
 
     async def _heed(self, controls: Sequence[Control]) -> None:
         """Marks and answers of relays: after the cursors are written, since what they speak of may be in the same batch."""

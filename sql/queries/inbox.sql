@@ -181,20 +181,12 @@ SELECT extract(epoch FROM min(next_attempt_at) - clock_timestamp())::double prec
 FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 
 -- name: write_cursors
--- An upsert, though every row exists and is locked: there is no join for the planner to turn round. Returns the transaction we are in,
--- and the places that lines_with_held would, if they are asked for: the usual batch finds nothing, and is spared a round trip for it.
+-- Unless anything is held of them, if that is to be looked for: then nothing is written, and the places are returned that lines_with_held
+-- would; the usual batch finds none, and is spared a round trip for the look. And the transaction we are in.
+-- An upsert, though every row exists and is locked: there is no join for the planner to turn round.
 -- $1 to $5 as in lock_cursors, $6 last seqs (a bigint[] as text), $7 last digests (a bytea[] as text),
 -- $8 the places of those that are blocked (bigint[]), $9 whether to look for what is held
-WITH written AS (
-  INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
-  SELECT $1, ($2::text[])[coalesce(c.pair, 1)], ($3::text[])[coalesce(c.pair, 1)], c.aggregate_id, c.last_seq, c.last_digest,
-         c.place = ANY ($8::bigint[])
-  FROM unnest($4::text::text[], $5::integer[], $6::text::bigint[], $7::text::bytea[]) WITH ORDINALITY
-    AS c (aggregate_id, pair, last_seq, last_digest, place)
-  ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
-  DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
-)
-SELECT pg_current_xact_id()::text AS transaction_id, CASE WHEN $9::boolean THEN ARRAY(
+WITH held AS MATERIALIZED (
   SELECT k.place
   FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
   CROSS JOIN LATERAL (
@@ -203,7 +195,18 @@ SELECT pg_current_xact_id()::text AS transaction_id, CASE WHEN $9::boolean THEN 
       AND h.source = ($2::text[])[coalesce(k.pair, 1)] AND h.consumer = $1 AND h.seq IS NOT NULL
     LIMIT 1
   ) AS any_held
-) END AS held
+  WHERE $9::boolean
+), written AS (
+  INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
+  SELECT $1, ($2::text[])[coalesce(c.pair, 1)], ($3::text[])[coalesce(c.pair, 1)], c.aggregate_id, c.last_seq, c.last_digest,
+         c.place = ANY ($8::bigint[])
+  FROM unnest($4::text::text[], $5::integer[], $6::text::bigint[], $7::text::bytea[]) WITH ORDINALITY
+    AS c (aggregate_id, pair, last_seq, last_digest, place)
+  WHERE NOT EXISTS (SELECT FROM held)
+  ON CONFLICT (aggregate_id, aggregate_type, source, consumer)
+  DO UPDATE SET last_seq = excluded.last_seq, last_digest = excluded.last_digest, blocked = excluded.blocked
+)
+SELECT pg_current_xact_id()::text AS transaction_id, ARRAY(SELECT place FROM held) AS held
 
 -- name: delete_held_through
 -- Held messages that have been applied, or were overtaken. What was applied under the same number came from the broker, and

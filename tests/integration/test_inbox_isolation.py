@@ -459,6 +459,26 @@ async def test_what_is_held_is_not_thrown_away_unread_when_something_else_takes_
         assert conflicts(logs) == [(2, first.event.message_id)]
 
 
+@pytest.mark.parametrize("sql", ["COMMIT", "COMMIT; BEGIN"])
+async def test_a_follower_that_commits_takes_no_cursor_with_it_and_what_is_held_is_still_compared(
+    sql: str, database: str
+) -> None:
+    """Cursors that are committed before all is settled make what is held look as if it had been compared and applied."""
+    inbox = recording()
+
+    @inbox.on("E")
+    async def end(event: Event, tx: Connection) -> None:
+        await tx.execute(sql)
+
+    async with bench(database, inbox, retry_first_s=300, retry_max_s=300) as b:
+        await b.apply(b.arrival(4, event_type="E"), b.arrival(2, body=b"[]"))
+        await b.apply(*(b.arrival(seq) for seq in (1, 2, 3)), b.arrival(1, "other"))
+        cursors = await b.db.fetch("SELECT aggregate_id, last_seq, blocked FROM relay.inbox_aggregate ORDER BY 1")
+        assert [tuple(row) for row in cursors] == [("1", 3, True), ("other", 1, False)]
+        assert await b.held() == [("1", 4, "failed", "retrying")]
+        assert await b.quarantine() == [("conflict", b"[]")]
+
+
 async def test_what_takes_the_number_of_a_tombstone_or_of_its_twin_is_no_conflict(database: str) -> None:
     async with bench(database) as b:
         await b.apply(b.arrival(2), b.arrival(3), b.arrival(4, event_type=TOMBSTONE, body=b""))

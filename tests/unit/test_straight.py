@@ -128,8 +128,10 @@ class Memory(Store):
         return {key: cursor._replace(has_held=bool(self.tables.of(key))) for key, cursor in cursors.items()}
 
     async def write_cursors(self, cursors: Mapping[Key, Cursor], *, look: bool) -> list[Key]:
-        self.tables.cursors |= {key: cursor[:3] for key, cursor in cursors.items()}
-        return [key for key in cursors if look and self.tables.of(key)]
+        held = [key for key in cursors if look and self.tables.of(key)]
+        if not held:
+            self.tables.cursors |= {key: cursor[:3] for key, cursor in cursors.items()}
+        return held
 
     async def successors(self, cursors: Mapping[Key, Cursor], portion: int) -> list[Arrival]:
         found = []
@@ -179,14 +181,19 @@ def handlers(calls: list[object], *, together: bool, all_types: bool) -> Inbox:
 
 
 async def done(
-    batch: tuple[dict[Key, Cursor], Sequence[Arrival]], held: Sequence[Arrival], *, together: bool, all_types: bool
+    batch: tuple[dict[Key, Cursor], Sequence[Arrival]],
+    held: Sequence[Arrival],
+    policy: Any,
+    *,
+    together: bool,
+    all_types: bool,
 ) -> tuple[Stats | set[int], Tables, list[object]]:
     """(counts, or what turned out to be given up; what is in the tables then; which handlers were called)"""
     cursors, arrivals = batch
     calls: list[object] = []
     tables = Tables({key: cursor[:3] for key, cursor in cursors.items()}, {a.held_id or 0: a.event for a in held})
     inbox = handlers(calls, together=together, all_types=all_types)
-    rules = Rules(consumer="billing", inbox=inbox, settings=InboxSettings())
+    rules = Rules(consumer="billing", inbox=inbox, settings=InboxSettings(policy=policy))
     with patch.object(work, "Store", Memory), patch.object(Memory, "tables", tables, create=True):
         once = Work(cast("Connection", Nowhere()), rules, careful=False, charges=Charges(Suspects()))
         try:
@@ -198,10 +205,10 @@ async def done(
 
 
 @settings(deadline=None, max_examples=60)
-@given(batches(), held_messages(), st.booleans(), st.booleans())
+@given(batches(), held_messages(), st.sampled_from(["sequence", "latest"]), st.booleans(), st.booleans())
 def test_a_transaction_does_the_same_as_with_lines(
-    batch: tuple[dict[Key, Cursor], list[Arrival]], held: list[Arrival], together: bool, all_types: bool
+    batch: tuple[dict[Key, Cursor], list[Arrival]], held: list[Arrival], policy: str, together: bool, all_types: bool
 ) -> None:
-    straight = asyncio.run(done(batch, held, together=together, all_types=all_types))
+    straight = asyncio.run(done(batch, held, policy, together=together, all_types=all_types))
     with patch.object(work, "cursors_after", lambda *_: None):
-        assert asyncio.run(done(batch, held, together=together, all_types=all_types)) == straight
+        assert asyncio.run(done(batch, held, policy, together=together, all_types=all_types)) == straight

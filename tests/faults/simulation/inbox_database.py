@@ -168,12 +168,14 @@ class InboxDatabase(Server):
 
     def _write_cursors(self, session: Session, consumer: str, *columns: Any) -> list[dict[str, Any]]:
         last_seqs, digests, blocked, look = columns[4:]
+        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])] if look else []
+        if held:
+            return [{"transaction_id": self._transaction_id(session), "held": held}]
         known = [None if digest is None else bytes.fromhex(digest.removeprefix("\\x")) for digest in _array(digests)]
         rows = zip(_keys(*columns[:4]), _array(last_seqs), known, strict=True)
         for place, (key, last_seq, digest) in enumerate(rows, start=1):
             self.write(session, "cursors", key, CursorRow(last_seq, digest, place in blocked))
-        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])] if look else None
-        return [{"transaction_id": self._transaction_id(session), "held": held}]
+        return [{"transaction_id": self._transaction_id(session), "held": []}]
 
     async def _insert_seen(
         self, session: Session, _consumer: str, sources: list[str], ids: list[str]

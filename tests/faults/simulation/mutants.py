@@ -332,8 +332,7 @@ def held_not_looked_for_afterwards() -> Any:
     write = InboxStore.write_cursors
 
     async def mutated(self: InboxStore, cursors: Any, *, look: bool) -> list[Any]:
-        await write(self, cursors, look=look)
-        return []
+        return await write(self, cursors, look=False)
 
     return patch.object(InboxStore, "write_cursors", mutated)
 
