@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from relay.errors import SandboxError
 from relay.sandbox.postgres_binaries import find_postgres_binaries
+from tests.faults.lab.daemons import Daemon
 from tests.faults.lab.profile import PROFILES, Options
 from tests.faults.lab.run import chosen, run
 
@@ -39,3 +41,17 @@ def test_a_run_without_repair_leaves_out_the_faults_that_only_repair_can_heal() 
     without = {fault.kind for fault in chosen(Options(profile=standard, seed=1, repair=False))}
     assert {"queue purged", "queue deleted", "messages stolen for good"} <= with_it - without
     assert len(without) >= standard.kinds_needed
+
+
+async def test_a_daemon_that_is_being_started_when_the_laboratory_closes_is_ended_like_the_others(
+    tmp_path: Path,
+) -> None:
+    daemon = Daemon("relay", "run", folder=tmp_path, environment={})
+    starting = asyncio.create_task(daemon.start())
+    await asyncio.sleep(0)  # it has begun, and nothing of it can have come back yet
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert daemon.pid is not None
+    await daemon.kill9()
+    assert daemon.pid is None

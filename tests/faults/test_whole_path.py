@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import aio_pika
-import asyncpg
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
 
 from relay.inbox import Inbox
+from relay.postgres.errors import FAILURES
 from relay.sandbox import Postgres, RabbitMQ
 from relay.settings import Settings
 from tests.faults.shop import (
@@ -97,7 +97,7 @@ async def owner_epoch(database: str) -> int:
     try:
         async with connected(database) as db:
             return int(await db.fetchval("SELECT epoch FROM relay.outbox_cursor"))
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except FAILURES:
         return -1
 
 

@@ -41,10 +41,17 @@ class Daemon:
         return self._process.pid if self._process is not None and self._process.running else None
 
     async def start(self) -> None:
-        """Start it; does not wait until it is at work."""
-        self._process = await asyncio.to_thread(
-            KeptProcess, self._command, folder=self._folder / "none", log=self.log, env=self.environment
+        """Start it; does not wait until it is at work. Cancelled, it is started all the same, so that who ends it finds it."""
+        starting = asyncio.create_task(
+            asyncio.to_thread(
+                KeptProcess, self._command, folder=self._folder / "none", log=self.log, env=self.environment
+            )
         )
+        try:
+            self._process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._process = await starting
+            raise
 
     async def keep(self) -> None:
         """Start it again whenever it has ended, unless it is held. Ends by cancellation."""
