@@ -93,6 +93,7 @@ ORDER BY g.aggregate_id, g.aggregate_type, g.source LIMIT $5
 -- name: gap_states
 -- How gaps are doing: their cursors, and how far there is no hole (`held_to`: up to there everything is applied or held). Looks from
 -- the first number that was missing when it was last asked for, however many messages are held: a run is read once.
+-- No EXISTS: PostgreSQL 18 would answer it out of a hash of all that is held, whatever enable_seqscan says.
 -- $1 consumer, keys: $2 sources, $3 aggregate types, $4 aggregate ids
 SELECT g.source, g.aggregate_type, g.aggregate_id, g.to_seq, g.state, g.asks, g.asked_from, g.asked_to, g.dead_letters,
        coalesce(cursor.last_seq, 0) AS last_seq, top.held AS top_is_held, coalesce(run.held_to, start.seq) AS held_to
@@ -119,14 +120,16 @@ LEFT JOIN LATERAL (
   ) AS h
   WHERE h.next IS DISTINCT FROM h.seq + 1
   ORDER BY h.seq LIMIT 1
-) AS run ON EXISTS (
-  SELECT FROM relay.inbox_held f
+) AS run ON (
+  SELECT true FROM relay.inbox_held f
   WHERE f.aggregate_id = g.aggregate_id AND f.aggregate_type = g.aggregate_type AND f.source = g.source AND f.consumer = $1
-    AND f.seq = start.seq + 1 AND start.seq < g.to_seq)
+    AND f.seq = start.seq + 1 AND start.seq < g.to_seq
+  LIMIT 1)
 CROSS JOIN LATERAL (
-  SELECT EXISTS (SELECT FROM relay.inbox_held h
-                 WHERE h.aggregate_id = g.aggregate_id AND h.aggregate_type = g.aggregate_type AND h.source = g.source
-                   AND h.consumer = $1 AND h.seq = g.to_seq) AS held
+  SELECT coalesce((SELECT true FROM relay.inbox_held h
+                   WHERE h.aggregate_id = g.aggregate_id AND h.aggregate_type = g.aggregate_type AND h.source = g.source
+                     AND h.consumer = $1 AND h.seq = g.to_seq
+                   LIMIT 1), false) AS held
 ) AS top
 
 -- name: close_gaps

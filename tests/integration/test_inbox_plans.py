@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import pytest
 
+from relay.errors import SandboxError
 from relay.inbox.database import PLANS
 from relay.postgres import arrays
 from relay.postgres.connect import Connection, connect
 from relay.postgres.queries import query
+from relay.sandbox import SandboxPostgres
+from relay.sandbox.postgres_binaries import find_postgres_binaries
 from relay.settings import PostgresSettings
+from tests.harness.databases import Databases
 
 IDS = [str(i) for i in range(200)]
 KEYS: tuple[Any, ...] = (["s"], ["t"], arrays.texts(IDS), [])
@@ -58,6 +62,20 @@ BY_INDEX = {
     "let_first_lead": "inbox_by_aggregate",
 }
 NEVER_ANALYSED, ANALYSED = "", "ANALYZE relay.inbox_aggregate, relay.inbox_held, relay.inbox, relay.inbox_seen"
+
+
+@pytest.fixture(scope="module", params=["the suite's", "18"])
+def databases(request: pytest.FixtureRequest, databases: Databases) -> Iterator[Databases]:
+    """Of two servers: what `enable_seqscan = off` keeps the planner from has changed in PostgreSQL 18."""
+    if request.param != "18":
+        yield databases
+        return
+    try:
+        find_postgres_binaries("18")
+    except SandboxError as exc:
+        pytest.skip(f"needs PostgreSQL 18: {exc}")
+    with SandboxPostgres("18", fsync=False) as server, closing(Databases(server)) as made:
+        yield made
 
 
 @asynccontextmanager
