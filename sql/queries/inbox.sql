@@ -2,6 +2,8 @@
 -- Each block is named; $n are listed with their types, since asyncpg binds by position.
 -- Aggregates are given as ids, and the pairs of source and aggregate type that occur, once each: which pair is an id's, unless there is one
 -- pair only. Almost always there is, and every element of an array costs the client as much as the server's look into the index.
+-- `(SELECT $4)` keeps from the planner how many there are: a plan for one aggregate looks cheaper than one for any number, by more than
+-- planning is said to cost, and so a batch of one message would be planned anew each time, for longer than it takes.
 
 -- name: probe_inbox
 -- Fails if this role may not write, or the server only reads: found out before any message is taken. Rolled back by the caller.
@@ -40,7 +42,7 @@ SELECT pg_current_xact_id()::text
 -- writes it), $5 their pairs (integer[], from 1; empty: all are of the first), sorted by source, type, id as bytes
 -- With the first of them comes the transaction that they are locked in.
 SELECT k.place, c.last_seq, c.last_digest, c.blocked, CASE k.place WHEN 1 THEN pg_current_xact_id()::text END AS transaction_id
-FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+FROM unnest((SELECT $4::text)::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
 CROSS JOIN LATERAL (
   SELECT a.last_seq, a.last_digest, a.blocked FROM relay.inbox_aggregate a
   WHERE a.aggregate_id = k.aggregate_id AND a.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
@@ -64,7 +66,7 @@ RETURNING source, aggregate_type, aggregate_id, pg_current_xact_id()::text AS tr
 -- To be asked once their cursors are locked: then nobody adds anything. Most have nothing, and need not be asked about it again.
 -- $1 to $5 as in lock_cursors
 SELECT k.place
-FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+FROM unnest((SELECT $4::text)::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
 CROSS JOIN LATERAL (
   SELECT FROM relay.inbox_held h
   WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
@@ -188,7 +190,7 @@ FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 -- $8 the places of those that are blocked (bigint[]), $9 whether to look for what is held
 WITH held AS MATERIALIZED (
   SELECT k.place
-  FROM unnest($4::text::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
+  FROM unnest((SELECT $4::text)::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
   CROSS JOIN LATERAL (
     SELECT FROM relay.inbox_held h
     WHERE h.aggregate_id = k.aggregate_id AND h.aggregate_type = ($3::text[])[coalesce(k.pair, 1)]
@@ -200,7 +202,7 @@ WITH held AS MATERIALIZED (
   INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq, last_digest, blocked)
   SELECT $1, ($2::text[])[coalesce(c.pair, 1)], ($3::text[])[coalesce(c.pair, 1)], c.aggregate_id, c.last_seq, c.last_digest,
          c.place = ANY ($8::bigint[])
-  FROM unnest($4::text::text[], $5::integer[], $6::text::bigint[], $7::text::bytea[]) WITH ORDINALITY
+  FROM unnest((SELECT $4::text)::text[], $5::integer[], $6::text::bigint[], $7::text::bytea[]) WITH ORDINALITY
     AS c (aggregate_id, pair, last_seq, last_digest, place)
   WHERE NOT EXISTS (SELECT FROM held)
   ON CONFLICT (aggregate_id, aggregate_type, source, consumer)

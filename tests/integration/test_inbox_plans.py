@@ -154,6 +154,32 @@ async def test_planned_once_for_all_values_no_statement_of_a_batch_scans_a_table
     assert wrong == []
 
 
+ONE: tuple[Any, ...] = (["s"], ["t"], arrays.texts(["1"]), [])
+USUAL: dict[str, tuple[Any, ...]] = {
+    "lock_cursors": ("c", *ONE),
+    "create_cursors": ("c", *ONE),
+    "lines_with_held": ("c", *ONE),
+    "insert_seen": ("c", ["s"], ["1"]),
+    "write_cursors": ("c", *ONE, arrays.numbers([2]), arrays.octets([b""]), [], True),
+}
+
+
+@pytest.mark.parametrize(("rows", "then"), [(0, NEVER_ANALYSED), (20_000, NEVER_ANALYSED), (20_000, ANALYSED)])
+async def test_what_every_batch_asks_is_planned_once_for_all_also_when_batches_are_of_one_message(
+    rows: int, then: str, database: str
+) -> None:
+    """PostgreSQL plans five executions for their values, and goes on with that unless a plan for all values looks as cheap."""
+    async with tables(database, rows, then) as connection:
+        times = dict.fromkeys(USUAL, 0)
+        for name, values in USUAL.items():
+            for _ in range(12):
+                await connection.fetch(query(name), *values)
+            times[name] = await connection.fetchval(
+                "SELECT custom_plans FROM pg_prepared_statements WHERE statement = $1", query(name)
+            )
+    assert times == dict.fromkeys(USUAL, 5)
+
+
 async def test_handlers_are_planned_as_in_any_other_session(database: str) -> None:
     """To plan each statement of a handler anew costs the server 40 % more."""
     async with tables(database, 0) as connection:
