@@ -150,14 +150,18 @@ class Store:
         """The transaction we are in."""
         return str(await self._connection.fetchval(query("transaction_id")))
 
-    async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
+    async def lock_cursors(self, keys: Iterable[Key], *, is_new: bool = False) -> dict[Key, Cursor]:
         """The cursors of these aggregates, created where missing, all locked until the end of the transaction.
 
         In the order in which they are locked. Whether anything is held of them is not known yet.
+        `is_new`: it seems that none exists. That spares one of them alone a round trip; several are locked first in any case: who
+        created one and then waited for the lock of another would be waited for by its owner, who is to create the first.
         """
         wanted = sorted(set(keys))
         if not wanted:
             return {}
+        if is_new and len(wanted) == 1 and (created := await self._create(wanted)):
+            return created
         cursors: dict[Key, Cursor] = {}
         missing = wanted
         for _ in range(_LOCK_ROUNDS):

@@ -51,7 +51,7 @@ class Memory(Store):
         """Always the same."""
         return "1"
 
-    async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
+    async def lock_cursors(self, keys: Iterable[Key], *, is_new: bool = False) -> dict[Key, Cursor]:
         """As they were written last."""
         return {key: self.cursors.get(key, Cursor()) for key in keys}
 

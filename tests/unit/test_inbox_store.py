@@ -1,4 +1,4 @@
-"""The statements of one transaction about the same aggregates are told of them once; about others, anew."""
+"""The cursors of a transaction: its statements are told of the same aggregates once, and lock them in one order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Known:
                 for place, name in enumerate(_names(arguments), 1)
                 if name in self._known_names
             ]
-        return [("shop", "order", name, "1") for name in _names(arguments)]
+        return [("shop", "order", name, "1") for name in _names(arguments) if name not in self._known_names]
 
     async def fetchrow(self, statement: str, consumer: str, *arguments: Any) -> dict[str, Any]:
         self.told.append(arguments[:4])
@@ -73,6 +73,27 @@ async def test_every_statement_is_told_of_the_aggregates_that_it_is_about(made: 
     cursors = await opened.lock_cursors([THREE, TWO, ONE])
     await opened.write_cursors({THREE: cursors[THREE], TWO: Cursor(1)}, look=True)
     assert database.told == [columns([ONE, TWO, THREE]), columns([TWO]), columns([THREE, TWO])]  # lock, create, write
+
+
+async def test_one_that_seems_to_be_new_is_created_at_once() -> None:
+    database = Known()
+    assert await Store(cast("Connection", database), "billing").lock_cursors([ONE], is_new=True) == {ONE: Cursor()}
+    assert len(database.told) == 1
+
+
+async def test_one_that_seems_to_be_new_and_exists_is_locked() -> None:
+    database = Known(ONE)
+    assert await Store(cast("Connection", database), "billing").lock_cursors([ONE], is_new=True) == {
+        ONE: Cursor(1, b"d", blocked=False, has_held=True)
+    }
+    assert len(database.told) == 2  # create, lock
+
+
+async def test_of_several_that_seem_to_be_new_those_that_exist_are_locked_before_one_is_created() -> None:
+    database = Known(TWO)
+    opened = Store(cast("Connection", database), "billing")
+    assert await opened.lock_cursors([ONE, TWO], is_new=True) == await opened.lock_cursors([ONE, TWO])
+    assert database.told == [columns([ONE, TWO]), columns([ONE])] * 2  # lock, create
 
 
 async def test_cursors_come_in_the_order_in_which_they_are_locked_also_those_that_are_created() -> None:

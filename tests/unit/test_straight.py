@@ -121,7 +121,7 @@ class Memory(Store):
     async def transaction_id(self) -> str:
         return "1"
 
-    async def lock_cursors(self, keys: Iterable[Key]) -> dict[Key, Cursor]:
+    async def lock_cursors(self, keys: Iterable[Key], *, is_new: bool = False) -> dict[Key, Cursor]:
         return {key: Cursor(*self.tables.cursors[key]) for key in sorted(keys)}
 
     async def looked_for_held(self, cursors: Mapping[Key, Cursor]) -> dict[Key, Cursor]:
