@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from relay.outbox.retention import Retention
 from relay.outbox.shard import Shard
 from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
-from relay.postgres.connect import Connection, connection
+from relay.postgres.connect import PLANNED_ONCE, READER_PLANS, Connection, connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.migrate import require_current
 from relay.postgres.queries import query
@@ -125,9 +125,10 @@ class Outbox:
             await wakeup.listen()
             async with (
                 beside({} if drain else self._services(ownership, source), settings=self.settings.daemon, log=log),
-                self._connection("reader", shard) as reading,
+                self._connection("reader", shard, PLANNED_ONCE) as reading,
+                self._connection("writer", shard) as writing,
             ):
-                store = Store(reading, shard=shard, epoch=ownership.epoch, settings=settings)
+                store = Store(writing, shard=shard, epoch=ownership.epoch, settings=settings)
                 await self._tell_failure(store, shard)  # before the broker is asked: it may be down for long
                 async with self._publisher(shard) as publisher, _waker(wakeup, self.stop, publisher):
                     pipeline = self._pipeline(ownership, reading, store, publisher, wakeup, source)
@@ -188,8 +189,10 @@ class Outbox:
             stop=self.stop,
         )
 
-    def _connection(self, role: str, shard: int) -> AbstractAsyncContextManager[Connection]:
-        return connection(self.settings.postgres, application=f"relay {role} {shard}")
+    def _connection(
+        self, role: str, shard: int, plans: Mapping[str, str] = READER_PLANS
+    ) -> AbstractAsyncContextManager[Connection]:
+        return connection(self.settings.postgres, application=f"relay {role} {shard}", plans=plans)
 
     @asynccontextmanager
     async def _publisher(self, shard: int) -> AsyncIterator[Publisher]:

@@ -30,7 +30,7 @@ WHERE shard = $1
 RETURNING epoch, source, cluster_id, high_id, after_id,
   snapshot::text AS snapshot, window_snapshot::text AS window_snapshot,
   pg_snapshot_xmax(snapshot) > pg_snapshot_xmax(pg_current_snapshot())
-    OR EXISTS (SELECT FROM relay.outbox o WHERE o.shard = $1 AND o.xid >= pg_snapshot_xmax(pg_current_snapshot())) AS from_the_future,
+    OR EXISTS (SELECT FROM relay.outbox o WHERE o.shard + 0 = $1 AND o.xid >= pg_snapshot_xmax(pg_current_snapshot())) AS from_the_future,
   (SELECT system_identifier FROM pg_control_system()) AS current_cluster_id
 
 -- name: name_source
@@ -42,7 +42,8 @@ UPDATE relay.outbox_cursor SET source = $3, cluster_id = $4 WHERE shard = $1 AND
 -- The first page of what is new since a snapshot, and the snapshot it was read with. One row at least: with a null id, nothing is new.
 -- A page ends at $3 rows, or behind the row that reaches $4 bytes; is_last: nothing that the limit of rows gave is behind this row.
 -- One window for both: each further one copies every row once more, 0.3 us of PostgreSQL a row; so does a frame without ROWS.
--- `id + 0` keeps the planner from walking the index on id through all of history in search of the page.
+-- `shard + 0` leaves the index on xid as the only one (see PLANNED_ONCE); `id + 0` keeps the planner, where it plans for the values, from
+-- walking that on id through all of history in search of the page.
 -- The columns of a row are those of relay.message.Row, as in all queries that rows are made of; what must be computed of them is, for the
 -- page alone, at the end. created_s: in whole seconds since 1970 (exact: a message says no more, and it is decoded in a tenth of the
 -- time that a timestamptz takes). The snapshot is told once: its list of transactions in progress can be long.
@@ -56,7 +57,7 @@ SELECT CASE WHEN coalesce(o.bytes_before, 0) = 0 THEN me.snapshot END AS snapsho
 FROM me LEFT JOIN LATERAL (
   SELECT p.*, lead(p.id) OVER page IS NULL AS is_last, sum(p.size) OVER page - p.size AS bytes_before FROM (
     SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
-    FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
+    FROM relay.outbox WHERE shard + 0 = $1 AND xid >= $2::text::xid8
     ORDER BY id + 0 LIMIT $3
   ) p WINDOW page AS (ORDER BY p.id ROWS UNBOUNDED PRECEDING)
 ) o ON o.bytes_before < $4
@@ -76,11 +77,11 @@ FROM me LEFT JOIN LATERAL (
   SELECT p.*, lead(p.id) OVER page IS NULL AS is_last, sum(p.size) OVER page - p.size AS bytes_before FROM (
     SELECT * FROM (
       SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
-      FROM relay.outbox WHERE shard = $1 AND xid >= $2::text::xid8
+      FROM relay.outbox WHERE shard + 0 = $1 AND xid >= $2::text::xid8
       UNION ALL
       SELECT late.* FROM unnest($5::text[]::xid8[]) AS t (xid) CROSS JOIN LATERAL (
         SELECT id, aggregate_type, aggregate_id, seq, event_type, size, content_type, headers, routing_key, created_at, payload, body
-        FROM relay.outbox o WHERE o.shard = $1 AND o.xid = t.xid OFFSET 0
+        FROM relay.outbox o WHERE o.shard + 0 = $1 AND o.xid = t.xid OFFSET 0
       ) late
     ) u ORDER BY id + 0 LIMIT $3
   ) p WINDOW page AS (ORDER BY p.id ROWS UNBOUNDED PRECEDING)
@@ -369,7 +370,7 @@ WITH cursor AS (
   SELECT o.tableoid, o.ctid, o.id, o.seq,
          max(o.created_at) OVER (PARTITION BY o.aggregate_id, o.aggregate_type, o.seq IS NULL ORDER BY o.seq, o.id) AS since
   FROM relay.outbox o
-  WHERE o.shard = $1 AND o.xid = pg_current_xact_id() AND (SELECT so FROM needed)
+  WHERE o.shard + 0 = $1 AND o.xid = pg_current_xact_id() AND (SELECT so FROM needed)
 ), numbered AS (
   SELECT u.tableoid, u.ctid, row_number() OVER (ORDER BY u.since, u.seq, u.id) AS n FROM unpublished u
 )

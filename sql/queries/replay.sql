@@ -116,7 +116,7 @@ SELECT min(first.created_at) FROM relay.outbox_cursor c CROSS JOIN LATERAL (
 SELECT extract(epoch FROM clock_timestamp() - min(new.created_at))::float8
 FROM relay.outbox_cursor c CROSS JOIN LATERAL (
   (SELECT o.id, o.xid, o.created_at FROM relay.outbox o
-   WHERE o.shard = c.shard AND o.xid >= pg_snapshot_xmax(c.snapshot) ORDER BY o.xid LIMIT $1)
+   WHERE o.shard + 0 = c.shard AND o.xid >= pg_snapshot_xmax(c.snapshot) ORDER BY o.xid LIMIT $1)
   UNION ALL
   (SELECT o.id, o.xid, o.created_at FROM relay.outbox o
    WHERE c.window_snapshot IS NOT NULL AND o.shard = c.shard AND o.id > c.after_id ORDER BY o.id LIMIT $1)

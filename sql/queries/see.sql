@@ -47,23 +47,23 @@ ORDER BY c.shard
 SELECT count(*) AS rows, min(created_at) AS oldest FROM (
   SELECT created_at FROM (
     (SELECT o.created_at FROM relay.outbox o
-     WHERE $4::text IS NULL AND o.shard = $1 AND o.xid >= $2::text::xid8 ORDER BY o.xid LIMIT $6)
+     WHERE $4::text IS NULL AND o.shard + 0 = $1 AND o.xid >= $2::text::xid8 ORDER BY o.xid LIMIT $6)
     UNION ALL
     (SELECT o.created_at FROM relay.outbox o
      WHERE $4::text IS NOT NULL AND o.shard = $1 AND o.id > $5 AND o.xid >= $2::text::xid8 ORDER BY o.id LIMIT $6)
     UNION ALL
     (SELECT young.created_at FROM (
        SELECT o.created_at, o.id FROM relay.outbox o
-       WHERE $4::text IS NOT NULL AND o.shard = $1 AND o.xid >= pg_snapshot_xmax($4::text::pg_snapshot) ORDER BY o.xid LIMIT $6
+       WHERE $4::text IS NOT NULL AND o.shard + 0 = $1 AND o.xid >= pg_snapshot_xmax($4::text::pg_snapshot) ORDER BY o.xid LIMIT $6
      ) young WHERE young.id <= $5)
     UNION ALL
     (SELECT late.created_at FROM unnest($3::text[]::xid8[]) AS t (xid) CROSS JOIN LATERAL (
-       SELECT o.created_at, o.id FROM relay.outbox o WHERE o.shard = $1 AND o.xid = t.xid OFFSET 0
+       SELECT o.created_at, o.id FROM relay.outbox o WHERE o.shard + 0 = $1 AND o.xid = t.xid OFFSET 0
      ) late
      WHERE $4::text IS NULL OR late.id > $5 OR NOT pg_visible_in_snapshot(t.xid, $4::text::pg_snapshot) LIMIT $6)
     UNION ALL
     (SELECT late.created_at FROM pg_snapshot_xip($4::text::pg_snapshot) AS t (xid) CROSS JOIN LATERAL (
-       SELECT o.created_at FROM relay.outbox o WHERE o.shard = $1 AND o.xid = t.xid AND o.id <= $5 OFFSET 0
+       SELECT o.created_at FROM relay.outbox o WHERE o.shard + 0 = $1 AND o.xid = t.xid AND o.id <= $5 OFFSET 0
      ) late
      WHERE t.xid >= $2::text::xid8 LIMIT $6)
   ) branches
@@ -475,11 +475,11 @@ ORDER BY CASE WHEN $4::boolean THEN -o.id ELSE o.id END LIMIT $5
 -- $16 most rows to look at, $17 xmax of the cursor's snapshot (text), $18 its transactions in progress (text[])
 SELECT o.id FROM (
   (SELECT o.id, o.xid, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.created_at FROM relay.outbox o
-   WHERE o.shard = $1 AND o.xid >= $17::text::xid8 ORDER BY o.xid LIMIT $16)
+   WHERE o.shard + 0 = $1 AND o.xid >= $17::text::xid8 ORDER BY o.xid LIMIT $16)
   UNION ALL
   SELECT late.* FROM unnest($18::text[]::xid8[]) AS t (xid) CROSS JOIN LATERAL (
     SELECT o.id, o.xid, o.aggregate_type, o.aggregate_id, o.seq, o.event_type, o.created_at FROM relay.outbox o
-    WHERE o.shard = $1 AND o.xid = t.xid OFFSET 0
+    WHERE o.shard + 0 = $1 AND o.xid = t.xid OFFSET 0
   ) late
 ) o JOIN relay.outbox_cursor c ON c.shard = $1
 WHERE NOT relay.outbox_is_read(o.xid, o.id, c.snapshot, c.window_snapshot, c.after_id)

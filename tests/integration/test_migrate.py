@@ -117,7 +117,7 @@ async def test_a_database_older_than_the_program_names_the_first_missing_migrati
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        ("DROP INDEX relay.outbox_by_xid", "index relay.outbox_by_xid on outbox (shard, xid)"),
+        ("DROP INDEX relay.outbox_by_xid", "index relay.outbox_by_xid on outbox (xid)"),
         ("DROP INDEX relay.outbox_parked_due", "index relay.outbox_parked_due on outbox_parked"),
         ("DROP TRIGGER outbox_assign ON relay.outbox", "trigger outbox_assign on relay.outbox"),
         ("ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign", "trigger outbox_assign on relay.outbox"),

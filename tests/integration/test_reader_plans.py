@@ -1,7 +1,8 @@
 """The reader's queries stay on the index, whatever the history: EXPLAIN of the very blocks, on a session as the daemon opens it.
 
 Three histories of 200 000 rows over the whole ring: many small transactions, a few giant ones, and many small ones that
-were never analysed. What is bounded are blocks and rows, which do not depend on the machine.
+were never analysed. What is bounded are blocks and rows, which do not depend on the machine. Each statement is planned for its values,
+as whoever replays has it planned, and once for all values, as the daemon has: also on the day when the log was still empty.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
-from relay.postgres.connect import Connection, close, connect
+from relay.postgres.connect import PLANNED_ONCE, READER_PLANS, Connection, close, connect, connection
 from relay.postgres.queries import query
 from relay.sandbox import Postgres
 from relay.settings import PostgresSettings
@@ -59,7 +61,7 @@ class Explained:
     def indexes(self) -> set[str]:
         """The kinds of indexes that rows were found by: xid, id."""
         used = {scan["Index Name"] for scan in self.scans if "Index Name" in scan and scan["Actual Rows"]}
-        return {name.removesuffix("_idx").rpartition("_shard_")[2] for name in used}
+        return {name.removesuffix("_idx").rpartition("_")[2] for name in used}
 
     def read(self) -> int:
         """Rows that were read, whether or not they were wanted."""
@@ -68,17 +70,21 @@ class Explained:
 
 @pytest.fixture(scope="module", params=HISTORIES)
 def log(request: pytest.FixtureRequest, postgres: Postgres, template_database: str) -> Iterator[Log]:
-    name = f"relay_plans_{secrets.token_hex(4)}"
     rows_each, analysed = HISTORIES[request.param]
-    dsn = postgres.create_database(name, template_database)
-    with asyncio.Runner() as runner:
+    with _made(postgres, template_database) as dsn, asyncio.Runner() as runner:
         yield runner.run(_seed(dsn, rows_each, analysed=analysed))
+
+
+@contextmanager
+def _made(postgres: Postgres, template_database: str) -> Iterator[str]:
+    name = f"relay_plans_{secrets.token_hex(4)}"
+    yield postgres.create_database(name, template_database)
     postgres.drop_database(name)
 
 
-@pytest.fixture
-async def session(log: Log) -> AsyncIterator[Connection]:
-    opened = await connect(PostgresSettings(dsn=SecretStr(log.dsn)), application="test plans")
+@pytest.fixture(params=[READER_PLANS, PLANNED_ONCE], ids=["for its values", "once for all"])
+async def session(request: pytest.FixtureRequest, log: Log) -> AsyncIterator[Connection]:
+    opened = await connect(PostgresSettings(dsn=SecretStr(log.dsn)), application="test plans", plans=request.param)
     yield opened
     await close(opened)
 
@@ -150,20 +156,55 @@ async def test_the_page_behind_the_last_one_reads_nothing(session: Connection, l
     assert done.blocks < 30
 
 
-async def _seed(dsn: str, rows_each: int, *, analysed: bool) -> Log:
-    """The history as the trigger would have left it, with transaction ids of our choosing, in order over the ring."""
-    async with connected(dsn) as connection:
-        await connection.execute("ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign")
+async def test_planned_when_the_log_was_empty_they_read_no_more_of_a_large_one(
+    postgres: Postgres, template_database: str
+) -> None:
+    with _made(postgres, template_database) as dsn:
+        await _prepare_to_seed(dsn)
+        async with connection(
+            PostgresSettings(dsn=SecretStr(dsn)), application="test plans", plans=PLANNED_ONCE
+        ) as session:
+            await session.execute("ANALYZE")
+            for name, arguments in (
+                ("open_window", ()),
+                ("open_window_with_late", (["1"],)),
+                ("next_page", ([], 0, "9:9:")),
+            ):
+                await _explain(session, name, 0, "1", PAGE, PAGE_BYTES, *arguments)
+            log = await _fill(dsn, 5, analysed=False)
+            first = await _explain(session, "open_window", 0, str(log.seen), PAGE, PAGE_BYTES)
+            late = await _explain(session, "open_window_with_late", 0, str(log.seen), PAGE, PAGE_BYTES, [str(log.late)])
+            window = f"{log.current}:{log.current}:"
+            later = await _explain(session, "next_page", 0, "1", PAGE, PAGE_BYTES, [], log.last_id // 2, window)
+    assert [(first.read(), first.indexes()), (late.read(), late.indexes())] == [(NEW, {"xid"}), (NEW + LATE, {"xid"})]
+    assert (later.rows, later.indexes()) == (PAGE, {"id"})
+    assert later.read() <= PAGE + 4
+
+
+async def _prepare_to_seed(dsn: str) -> None:
+    """What makes plans be forgotten, before there is anything to plan for."""
+    async with connected(dsn) as seeding:
+        await seeding.execute("ALTER TABLE relay.outbox DISABLE TRIGGER outbox_assign")
         for slot in range(4):
-            await connection.execute(f"ALTER TABLE relay.outbox_{slot} SET (autovacuum_enabled = off)")
+            await seeding.execute(f"ALTER TABLE relay.outbox_{slot} SET (autovacuum_enabled = off)")
+
+
+async def _seed(dsn: str, rows_each: int, *, analysed: bool) -> Log:
+    await _prepare_to_seed(dsn)
+    return await _fill(dsn, rows_each, analysed=analysed)
+
+
+async def _fill(dsn: str, rows_each: int, *, analysed: bool) -> Log:
+    """The history as the trigger would have left it, with transaction ids of our choosing, in order over the ring."""
+    async with connected(dsn) as seeding:
         # Every second transaction id is the history's, so that a late one can lie between them.
         seen = FIRST_XID + 2 * (HISTORY // rows_each)
         late, current = FIRST_XID + HISTORY // rows_each // 2 * 2 + 1, seen + 2 * NEW
-        await connection.execute(_SEED, HISTORY, FIRST_XID, rows_each, 0)
-        await connection.execute(_SEED, NEW, seen, 1, HISTORY)
-        await connection.execute(_SEED_LATE, LATE, str(late), HISTORY // 2)
+        await seeding.execute(_SEED, HISTORY, FIRST_XID, rows_each, 0)
+        await seeding.execute(_SEED, NEW, seen, 1, HISTORY)
+        await seeding.execute(_SEED_LATE, LATE, str(late), HISTORY // 2)
         if analysed:
-            await connection.execute("ANALYZE")
+            await seeding.execute("ANALYZE")
         return Log(dsn, seen, late, current, HISTORY + NEW)
 
 
@@ -183,7 +224,9 @@ SELECT $3::bigint, $2::text::xid8, 2, 0, 'late', n::text, 1, 'Changed', '{}', 2 
 
 
 async def _explain(session: Connection, name: str, *arguments: Any) -> Explained:
-    text = await session.fetchval("EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) " + query(name), *arguments)
+    await _prepare(session, name)
+    values = ", ".join(map(_literal, arguments))
+    text = await session.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) EXECUTE {name} ({values})")
     plan = json.loads(text)[0]["Plan"]
     scans = [
         node
@@ -191,6 +234,19 @@ async def _explain(session: Connection, name: str, *arguments: Any) -> Explained
         if node["Node Type"].endswith(("Seq Scan", "Index Scan", "Index Only Scan", "Heap Scan"))
     ]
     return Explained(round(plan["Actual Rows"]), plan["Shared Hit Blocks"] + plan["Shared Read Blocks"], scans)
+
+
+async def _prepare(session: Connection, name: str) -> None:
+    if not await session.fetchval("SELECT count(*) FROM pg_prepared_statements WHERE name = $1", name):
+        await session.execute(f"PREPARE {name} AS {query(name)}")
+
+
+def _literal(value: Any) -> str:
+    """As EXECUTE takes it: an unknown literal becomes what the parameter is."""
+    if value is None:
+        return "NULL"
+    text = "{" + ",".join(f'"{each}"' for each in value) + "}" if isinstance(value, list) else str(value)
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
