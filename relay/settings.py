@@ -149,7 +149,7 @@ class OutboxSettings(_Section):
         5, ge=0.005, le=3600, description="Seconds between two looks while asleep; with notify only a safety net."
     )
     gather_s: float = Field(
-        0.01,
+        0.02,
         ge=0,
         le=60,
         description="Under load (from about 2 500 events a second) so many seconds are read at once: fewer, larger pages cost PostgreSQL and the broker less. A stop may wait as long, and a crash repeat as much. 0: read on as soon as the last page is confirmed.",

@@ -1,6 +1,6 @@
 """When the log is read again. Pure: times are given, by any clock.
 
-To look costs about 0.4 ms of PostgreSQL, which the producers need, however few rows are found; and what is published in small pieces
+To look costs about 0.2 ms of PostgreSQL, which the producers need, however few rows are found; and what is published in small pieces
 costs the broker up to twice as much a message. So at the end of the log the next page may gather: for as long as the last one is in
 flight, and under load for `gather_s`, however soon the broker answers.
 """
