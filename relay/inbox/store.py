@@ -154,7 +154,7 @@ class Store:
         """The cursors of these aggregates, created where missing, all locked until the end of the transaction.
 
         In the order in which they are locked. Whether anything is held of them is not known yet.
-        `is_new`: it seems that none exists. That spares one of them alone a round trip; several are locked first in any case: who
+        `is_new`: it seems that the first does not exist. That spares it, alone, a round trip; several are locked first in any case: who
         created one and then waited for the lock of another would be waited for by its owner, who is to create the first.
         """
         wanted = sorted(set(keys))

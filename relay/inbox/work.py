@@ -220,8 +220,8 @@ class Work:
     async def _lock(self, placed: Sequence[Placed], due: Sequence[Due]) -> dict[Key, Cursor]:
         ordered = {key for key, _ in placed if key is not None}
         ordered |= {key for d in due if (key := self._rules.key_of_due(d))}
-        begins = len(ordered) == 1 and all(arrival.event.seq == 1 for key, arrival in placed if key is not None)
-        cursors = await self._store.lock_cursors(ordered, is_new=begins and not due)
+        first = next((arrival.event.seq for key, arrival in placed if key is not None), None)
+        cursors = await self._store.lock_cursors(ordered, is_new=first == 1 and not due)
         self._fresh = await self._store.insert_seen([arrival.event for key, arrival in placed if key is None])
         return cursors
 
