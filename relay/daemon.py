@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +22,10 @@ from relay.outbox.retention import Retention
 from relay.outbox.shard import Shard
 from relay.outbox.store import Store
 from relay.outbox.wakeup import Wakeup
-from relay.postgres.connect import PLANNED_ONCE, READER_PLANS, Connection, connection
+from relay.postgres.connect import Connection, connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.migrate import require_current
+from relay.postgres.planning import Planning
 from relay.postgres.queries import query
 from relay.rabbitmq.contract import Publisher
 from relay.rabbitmq.lanes import open_publisher
@@ -125,13 +126,15 @@ class Outbox:
             await wakeup.listen()
             async with (
                 beside({} if drain else self._services(ownership, source), settings=self.settings.daemon, log=log),
-                self._connection("reader", shard, PLANNED_ONCE) as reading,
-                self._connection("writer", shard) as writing,
+                self._connection("reader", shard) as reading,
             ):
-                store = Store(writing, shard=shard, epoch=ownership.epoch, settings=settings)
+                # One session for both: a position is written to the server that it was read from, whatever became of the other one.
+                planning = Planning(reading)
+                store = Store(reading, shard=shard, epoch=ownership.epoch, settings=settings, planning=planning)
                 await self._tell_failure(store, shard)  # before the broker is asked: it may be down for long
                 async with self._publisher(shard) as publisher, _waker(wakeup, self.stop, publisher):
-                    pipeline = self._pipeline(ownership, reading, store, publisher, wakeup, source)
+                    reader = self._reader(shard, reading, planning)
+                    pipeline = self._pipeline(ownership, reader, store, publisher, wakeup, source)
                     self.parked = await pipeline.run(drain=drain)
                 if drain and shard == 0:
                     await self._sweep_once()
@@ -166,33 +169,34 @@ class Outbox:
             ).run
         return services
 
+    def _reader(self, shard: int, reading: Connection, planning: Planning) -> Reader:
+        limits = self.settings.outbox
+        return Reader(reading, shard=shard, page_rows=limits.page_rows, page_bytes=limits.page_bytes, planning=planning)
+
     def _pipeline(
         self,
         ownership: Ownership,
-        reading: Connection,
+        reader: Reader,
         store: Store,
         publisher: Publisher,
         wakeup: Wakeup,
         source: str,
     ) -> Shard:
-        settings = self.settings.outbox
         return Shard(
             ownership=ownership,
-            reader=Reader(reading, shard=ownership.shard, page_rows=settings.page_rows, page_bytes=settings.page_bytes),
+            reader=reader,
             store=store,
             publisher=publisher,
             probe=lambda: self._publisher(ownership.shard),
             wakeup=wakeup,
-            settings=settings,
+            settings=self.settings.outbox,
             source=source,
             progress=self.progress[ownership.shard],
             stop=self.stop,
         )
 
-    def _connection(
-        self, role: str, shard: int, plans: Mapping[str, str] = READER_PLANS
-    ) -> AbstractAsyncContextManager[Connection]:
-        return connection(self.settings.postgres, application=f"relay {role} {shard}", plans=plans)
+    def _connection(self, role: str, shard: int) -> AbstractAsyncContextManager[Connection]:
+        return connection(self.settings.postgres, application=f"relay {role} {shard}")
 
     @asynccontextmanager
     async def _publisher(self, shard: int) -> AsyncIterator[Publisher]:

@@ -16,6 +16,7 @@ from relay.message import Header, Row
 from relay.outbox.cursor import Page, Position, Snapshot
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
+from relay.postgres.planning import Planning
 from relay.postgres.queries import query
 
 _NO_HEADERS: Mapping[str, Header] = MappingProxyType({})
@@ -30,10 +31,22 @@ _new = tuple.__new__
 
 
 class Reader:
-    """Reads one shard over one connection, in pages of at most `page_rows` rows and about `page_bytes` bytes."""
+    """Reads one shard over one connection, in pages of at most `page_rows` rows and about `page_bytes` bytes.
 
-    def __init__(self, connection: Connection, *, shard: int, page_rows: int, page_bytes: int) -> None:
+    `planning` is the connection's, when it is not for this alone.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        shard: int,
+        page_rows: int,
+        page_bytes: int,
+        planning: Planning | None = None,
+    ) -> None:
         self._connection = connection
+        self._planning = planning or Planning(connection)
         self._shard = shard
         self._page_rows = page_rows
         self._page_bytes = page_bytes
@@ -42,6 +55,7 @@ class Reader:
         """The page behind `position`. Raises PostgresError; reading again from the same position is always right."""
         limit = page_rows or self._page_rows
         with postgres_errors():
+            await self._planning.once()
             records = await (
                 self._open(position, limit) if position.window is None else self._continue(position, limit)
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,7 @@ from relay.outbox.pause import Pauses
 from relay.outbox.reader import to_row
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
+from relay.postgres.planning import Planning
 from relay.postgres.queries import query
 from relay.settings import OutboxSettings
 
@@ -33,10 +35,22 @@ class Due:
 
 
 class Store:
-    """The writes of the owner of one shard. Raises LeaseLost as soon as another owner has raised the epoch."""
+    """The writes of the owner of one shard. Raises LeaseLost as soon as another owner has raised the epoch.
 
-    def __init__(self, connection: Connection, *, shard: int, epoch: int, settings: OutboxSettings) -> None:
+    `planning` is the connection's, when it is not for this alone.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        shard: int,
+        epoch: int,
+        settings: OutboxSettings,
+        planning: Planning | None = None,
+    ) -> None:
         self._connection = connection
+        self._planning = planning or Planning(connection)
         self._shard = shard
         self._epoch = epoch
         self._settings = settings
@@ -55,6 +69,8 @@ class Store:
         `confirmed` messages were published since the last checkpoint, `rate` a second lately: for `relay status`.
         """
         with postgres_errors():
+            if parked:
+                await self._planning.for_values()
             async with self._connection.transaction():
                 # The cursor first: an operator's act locks it before it touches parked rows.
                 await self._move(position, high_id, confirmed, rate)
@@ -66,7 +82,7 @@ class Store:
 
     async def pauses(self) -> Pauses:
         """What operators have paused."""
-        with postgres_errors():
+        async with self._planned_for_values():
             return Pauses.of(await self._connection.fetch(query("list_pauses")))
 
     async def blocked(self) -> dict[Aggregate | None, tuple[int, int]]:
@@ -74,7 +90,7 @@ class Store:
 
         Of events without an aggregate under None.
         """
-        with postgres_errors():
+        async with self._planned_for_values():
             records = await self._connection.fetch(query("blocked_aggregates"), self._shard)
         found: dict[Aggregate | None, tuple[int, int]] = {}
         for r in records:
@@ -89,7 +105,7 @@ class Store:
         An operator may have taken a head away, paused what is being tried, or resumed what was paused.
         """
         blocks = ["promote_headless", *(["hold_paused"] if pauses.any_rows else []), "release_paused"]
-        with postgres_errors():
+        async with self._planned_for_values():
             async with self._connection.transaction():
                 self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0, 0))
                 done = [await self._connection.execute(query(block), self._shard) for block in blocks]
@@ -97,7 +113,7 @@ class Store:
 
     async def hold(self, rows: Sequence[Row]) -> bool:
         """A pause holds these rows, which were found due or behind one: from here on they are not due. True if one of them was."""
-        with postgres_errors():
+        async with self._planned_for_values():
             async with self._connection.transaction():
                 self._require(await self._connection.fetchval(query("fence"), self._shard, self._epoch, 0, 0))
                 done = await self._connection.execute(query("hold_due"), [row.id for row in rows])
@@ -109,7 +125,7 @@ class Store:
         Without what is tried alone: `suspects`, and what closed the channel or was not confirmed in time.
         """
         rows_each = 1 if self._settings.order == "strict" else _RETRY_ROWS_EACH
-        with postgres_errors():
+        async with self._planned_for_values():
             records = await self._connection.fetch(
                 query("due_parked"), self._shard, aggregates, rows_each, self._settings.page_bytes, suspects
             )
@@ -117,13 +133,13 @@ class Store:
 
     async def due_alone(self, suspects: Sequence[int]) -> Due | None:
         """The parked row to be tried alone now, as the tables are at this moment."""
-        with postgres_errors():
+        async with self._planned_for_values():
             record = await self._connection.fetchrow(query("due_alone"), self._shard, suspects)
         return None if record is None else _to_due(record)
 
     async def next_attempts_s(self, suspects: Sequence[int]) -> tuple[float | None, float | None]:
         """Seconds until a parked row is due, and until one that is tried alone (negative: overdue); None when none ever will be."""
-        with postgres_errors():
+        async with self._planned_for_values():
             record = await self._connection.fetchrow(query("next_parked_attempt"), self._shard, suspects)
         return (None, None) if record is None else (record["together_s"], record["alone_s"])
 
@@ -139,7 +155,7 @@ class Store:
         """
         aggregates = {a for a in (row.aggregate for row in (*published, *(p.row for p, _ in refused))) if a is not None}
         tombstones = [row.id for row in published if row.is_tombstone]
-        with postgres_errors():
+        async with self._planned_for_values():
             async with self._connection.transaction():
                 high_id = max((row.id for row in published), default=0)
                 self._require(
@@ -161,6 +177,13 @@ class Store:
         """What ended the last session, for `relay status`. Nothing is written if we are not the owner any more."""
         with postgres_errors():
             await self._connection.execute(query("note_failure"), self._shard, self._epoch, error, seconds_ago)
+
+    @asynccontextmanager
+    async def _planned_for_values(self) -> AsyncIterator[None]:
+        """Within it, what is asked of the parked rows: a table that is empty today, and joined with the log."""
+        with postgres_errors():
+            await self._planning.for_values()
+            yield
 
     async def _move(self, position: Position, high_id: int, confirmed: int, rate: float) -> None:
         moved = await self._connection.fetchval(

@@ -55,10 +55,6 @@ READER_PLANS = PLANS | {
 }
 """For whoever reads pages of the log: the plans that tests/integration/test_reader_plans.py pins."""
 
-PLANNED_ONCE = READER_PLANS | {"plan_cache_mode": "force_generic_plan"}
-"""For a session that asks for pages of the log and nothing else: there is one index that each of its statements can use, so they are
-planned once, on whatever day. Planning one for each page takes as long as reading a small one."""
-
 
 async def connect(
     settings: PostgresSettings, *, application: str, plans: Mapping[str, str] = READER_PLANS

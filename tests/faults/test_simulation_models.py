@@ -126,7 +126,7 @@ async def test_the_model_of_the_log_reads_as_postgresql_reads(database: str, see
         session(database) as three,
     ):
         producers = Producers(model, [one, two, three])
-        limits = {"shard": 0, "page_rows": dice.randint(1, 3), "page_bytes": 10_000}
+        limits: dict[str, Any] = {"shard": 0, "page_rows": dice.randint(1, 3), "page_bytes": 10_000}
         readers = (Reader(reading, **limits), Reader(at_once(model), **limits))
         position = modelled = START
         read = 0

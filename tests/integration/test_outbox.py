@@ -299,7 +299,7 @@ async def test_an_owner_that_lost_its_lock_without_noticing_cannot_move_the_curs
 KILL = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1 AND datname = current_database()"
 
 
-@pytest.mark.parametrize("role", ["lease", "reader", "writer"])
+@pytest.mark.parametrize("role", ["lease", "reader"])
 async def test_a_terminated_connection_costs_nothing_but_a_new_session(database: str, broker: str, role: str) -> None:
     async with audit(broker) as witness, connected(database) as db, outbox_running(settings_for(database, broker)):
         for n in range(1, 6):

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from relay.postgres.connect import PLANNED_ONCE, READER_PLANS, Connection, close, connect, connection
+from relay.postgres.connect import Connection, close, connect, connection
+from relay.postgres.planning import Planning
 from relay.postgres.queries import query
 from relay.sandbox import Postgres
 from relay.settings import PostgresSettings
@@ -82,9 +83,10 @@ def _made(postgres: Postgres, template_database: str) -> Iterator[str]:
     postgres.drop_database(name)
 
 
-@pytest.fixture(params=[READER_PLANS, PLANNED_ONCE], ids=["for its values", "once for all"])
+@pytest.fixture(params=[Planning.for_values, Planning.once])
 async def session(request: pytest.FixtureRequest, log: Log) -> AsyncIterator[Connection]:
-    opened = await connect(PostgresSettings(dsn=SecretStr(log.dsn)), application="test plans", plans=request.param)
+    opened = await connect(PostgresSettings(dsn=SecretStr(log.dsn)), application="test plans")
+    await request.param(Planning(opened))
     yield opened
     await close(opened)
 
@@ -161,9 +163,8 @@ async def test_planned_when_the_log_was_empty_they_read_no_more_of_a_large_one(
 ) -> None:
     with _made(postgres, template_database) as dsn:
         await _prepare_to_seed(dsn)
-        async with connection(
-            PostgresSettings(dsn=SecretStr(dsn)), application="test plans", plans=PLANNED_ONCE
-        ) as session:
+        async with connection(PostgresSettings(dsn=SecretStr(dsn)), application="test plans") as session:
+            await Planning(session).once()
             await session.execute("ANALYZE")
             for name, arguments in (
                 ("open_window", ()),
@@ -179,6 +180,22 @@ async def test_planned_when_the_log_was_empty_they_read_no_more_of_a_large_one(
     assert [(first.read(), first.indexes()), (late.read(), late.indexes())] == [(NEW, {"xid"}), (NEW + LATE, {"xid"})]
     assert (later.rows, later.indexes()) == (PAGE, {"id"})
     assert later.read() <= PAGE + 4
+
+
+async def test_new_ids_after_a_restore_take_some_passes_over_the_log_however_many_rows_get_one(
+    postgres: Postgres, template_database: str
+) -> None:
+    with _made(postgres, template_database) as dsn:
+        log = await _seed(dsn, 5, analysed=False)
+        async with connection(PostgresSettings(dsn=SecretStr(dsn)), application="test plans") as session:
+            restored = "UPDATE relay.outbox_cursor SET high_id = $1, updated_at = now() - interval '1 day'"
+            await session.execute(restored, log.last_id)
+            async with session.transaction():
+                await session.execute(query("rebase"), 0)
+                done = await _explain(session, "renumber", 0)
+                changed = await session.fetchval("SELECT count(*) FROM relay.outbox WHERE id > $1", log.last_id)
+    assert changed == HISTORY + NEW + LATE
+    assert done.read() < 8 * changed
 
 
 async def _prepare_to_seed(dsn: str) -> None:

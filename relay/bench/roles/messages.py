@@ -18,7 +18,7 @@ from relay.bench.parent import Meter, Parent
 from relay.bench.roles.outbox import pages
 from relay.message import AGGREGATE_ID, SEQUENCE, Delivery, Message
 from relay.outbox.routing import route
-from relay.postgres.connect import PLANNED_ONCE, connection
+from relay.postgres.connect import connection
 from relay.rabbitmq.contract import Confirmed, Outcome, Publisher
 from relay.settings import Settings
 
@@ -108,7 +108,7 @@ async def consume(settings: Settings, spec: Mapping[str, Any], parent: Parent) -
 async def _pages(settings: Settings) -> AsyncGenerator[list[Message], None]:
     """The log's messages, as the relay makes them, in its pages."""
     source, template = settings.source or "", settings.outbox.routing_key
-    async with connection(settings.postgres, application="relay bench", plans=PLANNED_ONCE) as opened:
+    async with connection(settings.postgres, application="relay bench") as opened:
         async for page in pages(settings, opened):
             yield [route(row, source=source, template=template) for row in page.rows]
 

@@ -14,7 +14,7 @@ from relay.daemon import Outbox
 from relay.message import Message
 from relay.outbox.cursor import Page, Position, Snapshot
 from relay.outbox.reader import Reader
-from relay.postgres.connect import PLANNED_ONCE, Connection, connection
+from relay.postgres.connect import Connection, connection
 from relay.rabbitmq.contract import Confirmed, Outcome, Publisher
 from relay.settings import Settings
 
@@ -24,7 +24,7 @@ _BEGINNING = Position(Snapshot.parse("1:1:"))  # what a new relay.outbox_cursor 
 async def read(settings: Settings, _: Mapping[str, Any], parent: Parent) -> None:
     """Read the whole log with the relay's reader, in the relay's pages, and do nothing with it."""
     meter, rows = Meter(), 0
-    async with connection(settings.postgres, application="relay bench", plans=PLANNED_ONCE) as opened:
+    async with connection(settings.postgres, application="relay bench") as opened:
         await parent.go()
         with meter:
             async for page in pages(settings, opened):

@@ -125,6 +125,7 @@ class OutboxDatabase(Server):
         self.parked = ParkedRows(self)
         self.answer(
             try_owner_lock=self.try_session_lock,
+            set_session=lambda *_: None,
             try_wake_lock=self._try_wake_lock,
             release_wake_lock=self.unlock,
             lock_cursor=self._lock_cursor,

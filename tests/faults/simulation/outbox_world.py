@@ -60,7 +60,7 @@ class ModelledOutbox(Outbox):
     world: Any = None
     process: Any = None
 
-    def _connection(self, role: str, shard: int, *_: Any, **__: Any) -> AbstractAsyncContextManager[Any]:
+    def _connection(self, role: str, shard: int) -> AbstractAsyncContextManager[Any]:
         return self._opened(role)
 
     @asynccontextmanager

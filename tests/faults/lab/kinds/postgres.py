@@ -16,7 +16,7 @@ from relay.sandbox.postgres import SandboxPostgres
 from tests.faults.lab.fault import fault
 from tests.faults.lab.stage import Stage
 
-OWNER = ("relay lease 0", "relay reader 0", "relay writer 0", "relay marks")
+OWNER = ("relay lease 0", "relay reader 0", "relay marks")
 """Sessions that a relay keeps open while it owns the log; those of its standby are called `relay lease 0` as well."""
 
 CONSUMERS = ("relay inbox effects", "relay gaps effects")
@@ -108,14 +108,8 @@ async def owner_terminated(stage: Stage, dice: random.Random) -> int:
 
 @fault("reader's session terminated", rows=(13, 15), touches=("relay-pg",))
 async def reader_terminated(stage: Stage, dice: random.Random) -> int:
-    """In the middle of a page; the lock is still held, and has to be given up."""
+    """In the middle of a page or of a checkpoint; the lock is still held, and has to be given up."""
     return await _owners_ended(stage, dice, lambda: stage.producer_sql(TERMINATE, ["relay reader 0"]))
-
-
-@fault("writer's session terminated", rows=(13, 15), touches=("relay-pg",))
-async def writer_terminated(stage: Stage, dice: random.Random) -> int:
-    """In the middle of a checkpoint, or before the next one: what was published since the last goes out again."""
-    return await _owners_ended(stage, dice, lambda: stage.producer_sql(TERMINATE, ["relay writer 0"]))
 
 
 @fault("sessions of the relay's services terminated", rows=(13,), touches=("relay-pg",), needs_repair=True)
