@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from relay.errors import SchemaError
+from relay.errors import PostgresUnavailable, SchemaError
 from relay.postgres.connect import Connection
 from relay.postgres.errors import postgres_errors
 from relay.postgres.queries import query, sql_root
 
 LOCK_KEY = 727001
 """Advisory lock of migrations. 727002 is the wake-up barrier, 727003 the ownership of a shard."""
+
+_TIMEOUT_S = 24 * 3600.0
+"""For a migration's statements: an index over a large log takes longer than any answer that a daemon would wait for."""
 
 _FILE = re.compile(r"^(\d{4})_(\w+)\.sql$")
 
@@ -84,13 +87,13 @@ async def migrate(connection: Connection) -> Report:
     """
     with postgres_errors():
         async with connection.transaction():
-            await connection.execute(query("lock_migrations"), LOCK_KEY)
+            await connection.execute(query("lock_migrations"), LOCK_KEY, timeout=_TIMEOUT_S)
             await connection.execute(query("create_migration_table"))
             done = await _applied(connection)
             todo = [m for m in migrations() if m.version not in done]
             _refuse_unknown(done)
             for m in todo:
-                await connection.execute(m.sql)
+                await _apply(connection, m)
                 await connection.execute(query("record_migration"), m.version, m.name, m.checksum)
             skipped = await _roles(connection)
     return Report(tuple(f"{m.version:04} {m.name}" for m in todo), skipped)
@@ -128,6 +131,18 @@ async def manifest(connection: Connection) -> list[str]:
 def expected_manifest() -> list[str]:
     """The manifest of a database migrated by this program (sql/manifest.txt; a test keeps it true)."""
     return (sql_root() / "manifest.txt").read_text(encoding="utf-8").splitlines()
+
+
+async def _apply(connection: Connection, migration: Migration) -> None:
+    try:
+        await connection.execute(migration.sql, timeout=_TIMEOUT_S)
+    except asyncpg.LockNotAvailableError as exc:
+        raise PostgresUnavailable(
+            f"migration {migration.version:04} {migration.name} waited for a transaction that uses relay's tables until its lock"
+            " timeout, as producers did for it meanwhile; nothing was changed. Let those that are open end (state and xact_start in"
+            " pg_stat_activity), then run `relay migrate` again, at a quiet moment.",
+            sqlstate=exc.sqlstate,
+        ) from exc
 
 
 async def _applied(connection: Connection) -> dict[int, tuple[str, str]]:

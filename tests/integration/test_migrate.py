@@ -10,8 +10,10 @@ import pytest
 
 from relay.errors import PostgresError, PrivilegeError, SchemaError
 from relay.postgres import migrate as schema
+from relay.postgres.connect import connection as session
 from relay.postgres.migrate import Migration, migrate, migrations, missing, require_current
 from relay.sandbox import Postgres, SandboxPostgres
+from relay.settings import PostgresSettings
 from tests.harness.logins import Logins
 from tests.harness.outbox import connected
 
@@ -53,6 +55,16 @@ async def test_databases_of_one_cluster_migrated_at_once_do_not_quarrel_over_the
                 return (await migrate(connection)).roles_skipped
 
         assert await asyncio.gather(*map(one, dsns)) == [None] * 4
+
+
+async def test_a_migration_may_take_longer_than_any_other_statement(
+    empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Migration(len(ALL) + 1, "long", "SELECT pg_sleep(3)")
+    monkeypatch.setattr(schema, "migrations", lambda: [*migrations(), long])
+    impatient = PostgresSettings.model_validate({"dsn": empty_database, "command_timeout_s": 2})
+    async with session(impatient, application="test") as opened:
+        assert (await migrate(opened)).applied == (*ALL, f"{long.version:04} long")
 
 
 async def test_a_failing_migration_leaves_nothing_behind(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
