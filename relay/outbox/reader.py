@@ -31,10 +31,7 @@ _new = tuple.__new__
 
 
 class Reader:
-    """Reads one shard over one connection, in pages of at most `page_rows` rows and about `page_bytes` bytes.
-
-    `planning` is the connection's, when it is not for this alone.
-    """
+    """Reads one shard over one connection, in pages of at most `page_rows` rows and about `page_bytes` bytes."""
 
     def __init__(
         self,
@@ -43,10 +40,10 @@ class Reader:
         shard: int,
         page_rows: int,
         page_bytes: int,
-        planning: Planning | None = None,
+        planning: Planning,
     ) -> None:
         self._connection = connection
-        self._planning = planning or Planning(connection)
+        self._planning = planning
         self._shard = shard
         self._page_rows = page_rows
         self._page_bytes = page_bytes

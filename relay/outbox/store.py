@@ -35,10 +35,7 @@ class Due:
 
 
 class Store:
-    """The writes of the owner of one shard. Raises LeaseLost as soon as another owner has raised the epoch.
-
-    `planning` is the connection's, when it is not for this alone.
-    """
+    """The writes of the owner of one shard. Raises LeaseLost as soon as another owner has raised the epoch."""
 
     def __init__(
         self,
@@ -47,10 +44,10 @@ class Store:
         shard: int,
         epoch: int,
         settings: OutboxSettings,
-        planning: Planning | None = None,
+        planning: Planning,
     ) -> None:
         self._connection = connection
-        self._planning = planning or Planning(connection)
+        self._planning = planning
         self._shard = shard
         self._epoch = epoch
         self._settings = settings
@@ -69,8 +66,6 @@ class Store:
         `confirmed` messages were published since the last checkpoint, `rate` a second lately: for `relay status`.
         """
         with postgres_errors():
-            if parked:
-                await self._planning.for_values()
             async with self._connection.transaction():
                 # The cursor first: an operator's act locks it before it touches parked rows.
                 await self._move(position, high_id, confirmed, rate)
@@ -82,7 +77,7 @@ class Store:
 
     async def pauses(self) -> Pauses:
         """What operators have paused."""
-        async with self._planned_for_values():
+        with postgres_errors():
             return Pauses.of(await self._connection.fetch(query("list_pauses")))
 
     async def blocked(self) -> dict[Aggregate | None, tuple[int, int]]:

@@ -87,7 +87,7 @@ async def migrate(connection: Connection) -> Report:
     """
     with postgres_errors():
         async with connection.transaction():
-            await connection.execute(query("lock_migrations"), LOCK_KEY, timeout=_TIMEOUT_S)
+            await connection.execute(query("lock_migrations"), LOCK_KEY)
             await connection.execute(query("create_migration_table"))
             done = await _applied(connection)
             todo = [m for m in migrations() if m.version not in done]

@@ -314,15 +314,15 @@ FROM unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text
   AS q (reason, detail, message_id, exchange, routing_key, properties, body)
 
 -- name: purge_seen
--- Forgets ids that are older than the retention, a bounded number at a time; never the id of a message that is still held. Only
--- messages without order are known by their ids.
+-- Forgets ids that are older than the retention, a bounded number at a time; never the id of a message that is still held, which has
+-- a number where the policy is `none`.
 -- $1 consumer, $2 retention (double precision, seconds), $3 rows
 DELETE FROM relay.inbox_seen s
 USING (
   SELECT o.message_id, o.source, o.consumer FROM relay.inbox_seen o
   WHERE o.consumer = $1 AND o.seen_at < now() - make_interval(secs => $2)
     AND NOT EXISTS (SELECT FROM relay.inbox_held h
-                    WHERE h.message_id = o.message_id AND h.source = o.source AND h.consumer = o.consumer AND h.seq IS NULL OFFSET 0)
+                    WHERE h.message_id = o.message_id AND h.source = o.source AND h.consumer = o.consumer)
   ORDER BY o.seen_at LIMIT $3
 ) AS old
 WHERE s.message_id = old.message_id AND s.source = old.source AND s.consumer = old.consumer

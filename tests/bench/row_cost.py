@@ -33,6 +33,7 @@ from relay.outbox.recent import Recent
 from relay.outbox.routing import route
 from relay.postgres.connect import connection
 from relay.postgres.migrate import migrate
+from relay.postgres.planning import Planning
 from relay.postgres.queries import query
 from relay.rabbitmq.contract import Confirmed
 from relay.rabbitmq.wire.encoding import Encoder
@@ -67,7 +68,9 @@ def least_us(step: Step, rows: int, rounds: int) -> float:
 async def read(settings: Settings) -> tuple[list[Page], float]:
     """The whole log in pages, and what reading it cost."""
     async with connection(settings.postgres, application=NAME) as opened:
-        reader = Reader(opened, shard=0, page_rows=PAGE, page_bytes=settings.outbox.page_bytes)
+        reader = Reader(
+            opened, shard=0, page_rows=PAGE, page_bytes=settings.outbox.page_bytes, planning=Planning(opened)
+        )
         pages: list[Page] = []
         position = Position(Snapshot(1, 1))
         started = time.process_time()

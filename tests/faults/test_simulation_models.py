@@ -28,6 +28,7 @@ from relay.outbox.reader import Reader
 from relay.outbox.store import Due, Store
 from relay.postgres.connect import Connection as RealConnection
 from relay.postgres.connect import connection
+from relay.postgres.planning import Planning
 from relay.settings import PostgresSettings
 from tests.faults.simulation import inbox_world, outbox_world
 from tests.faults.simulation.clock import VirtualLoop
@@ -127,7 +128,7 @@ async def test_the_model_of_the_log_reads_as_postgresql_reads(database: str, see
     ):
         producers = Producers(model, [one, two, three])
         limits: dict[str, Any] = {"shard": 0, "page_rows": dice.randint(1, 3), "page_bytes": 10_000}
-        readers = (Reader(reading, **limits), Reader(at_once(model), **limits))
+        readers = [Reader(each, **limits, planning=Planning(each)) for each in (reading, at_once(model))]
         position = modelled = START
         read = 0
         for act in range(250):
@@ -184,11 +185,12 @@ async def test_the_model_of_parked_rows_answers_as_postgresql_answers(database: 
         for _ in range(60):
             await producers.act(dice)
         await producers.end_all()
-        ask = Both(
-            Store(owning, shard=0, epoch=0, settings=settings),
-            Store(at_once(model), shard=0, epoch=0, settings=settings),
-        )
-        page = await Reader(owning, shard=0, page_rows=100, page_bytes=10_000).read(START)
+        sides = [
+            Store(each, shard=0, epoch=0, settings=settings, planning=Planning(each))
+            for each in (owning, at_once(model))
+        ]
+        ask = Both(*sides)
+        page = await Reader(owning, shard=0, page_rows=100, page_bytes=10_000, planning=Planning(owning)).read(START)
         rows = {row.id: row for row in page.rows}
         for _ in range(150):
             await _act_on_parked(dice, ask, rows, owning, model)

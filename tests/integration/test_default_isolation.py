@@ -19,6 +19,7 @@ from relay.outbox import retention
 from relay.outbox.lease import wait_for_ownership
 from relay.outbox.store import Store
 from relay.postgres.connect import Connection, connection
+from relay.postgres.planning import Planning
 from relay.settings import OutboxSettings, Settings
 from tests.harness.outbox import connected, insert, settings_for, until
 from tests.integration.test_retention import count, emptied_by_hand, fill, old_slot, publish_all, retention_of
@@ -101,7 +102,7 @@ async def test_a_row_that_was_skipped_while_the_daemon_waited_for_the_act_stays_
         body=b"{}",
     )
     async with connection(settings.postgres, application="test daemon") as daemon:
-        store = Store(daemon, shard=0, epoch=0, settings=OutboxSettings())
+        store = Store(daemon, shard=0, epoch=0, settings=OutboxSettings(), planning=Planning(daemon))
         async with db.transaction(isolation="read_committed"):  # the act
             await db.execute("SELECT FROM relay.outbox_cursor FOR UPDATE")
             await db.execute(_SKIP_ALL)

@@ -364,11 +364,20 @@ async def test_a_missing_schema_ends_the_inbox_at_once_and_takes_no_message(empt
             await recording().run(w.settings)
 
 
-async def test_old_ids_of_unordered_events_are_forgotten_but_not_those_of_held_ones(database: str, broker: str) -> None:
+@pytest.mark.parametrize(("policy", "seqs"), [("sequence", [None, None, None]), ("none", [7, 2, 5])])
+async def test_old_ids_of_unordered_events_are_forgotten_but_not_those_of_held_ones(
+    database: str, broker: str, policy: str, seqs: list[int | None]
+) -> None:
     switch = Switch()
-    async with world(database, broker, max_attempts=1, seen_retention_s=60) as w:
+    async with world(database, broker, max_attempts=1, seen_retention_s=60, policy=policy) as w:
         async with w.running(switch.inbox):
-            await w.publish([Sent(seq=None, id=1, event_type="P"), Sent(seq=None, id=2), Sent(seq=None, id=3)])
+            kinds = ["P", "T", "T"]
+            await w.publish(
+                [
+                    Sent(seq=seq, id=n, event_type=kind)
+                    for n, (seq, kind) in enumerate(zip(seqs, kinds, strict=True), start=1)
+                ]
+            )
             await w.until(lambda s: s.applied == 2 and s.stuck == 1)
         await w.db.execute("UPDATE relay.inbox_seen SET seen_at = now() - interval '61 s'")
         async with w.running(recording()):

@@ -45,7 +45,6 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "held_digest": ("c", "s", "t", "1", 3),
     "update_held": (SEQS, ["early"] * 200, ["waiting"] * 200, SEQS, [None] * 200, [None] * 200),
     "let_first_lead": ("c", "", "", "", "", 2000),
-    "purge_seen": ("c", 0.0, 100),
     "gap_states": ("c", ["s"] * 200, ["t"] * 200, IDS),
 }
 BY_INDEX = {
@@ -61,7 +60,6 @@ BY_INDEX = {
     "next_due": "inbox_held_due",
     "lock_due_held": "inbox_held_pkey",
     "let_first_lead": "inbox_by_aggregate",
-    "purge_seen": "inbox_held_by_message",
 }
 NEVER_ANALYSED, ANALYSED = "", "ANALYZE relay.inbox_aggregate, relay.inbox_held, relay.inbox, relay.inbox_seen"
 

@@ -53,7 +53,7 @@ async def test_the_session_is_asked_to_switch_only_when_it_has_to(database: str)
 
 async def test_a_store_says_what_happened_when_the_session_ends_while_it_switches(database: str) -> None:
     async with connection(PostgresSettings(dsn=SecretStr(database)), application="test") as session:
-        store = Store(session, shard=0, epoch=0, settings=OutboxSettings())
+        store = Store(session, shard=0, epoch=0, settings=OutboxSettings(), planning=Planning(session))
         session.terminate()
         with pytest.raises(PostgresUnavailable, match="not usable"):
             await store.blocked()

@@ -11,6 +11,7 @@ from relay.message import Row
 from relay.outbox.cursor import Position, Snapshot
 from relay.outbox.reader import Reader
 from relay.postgres.connect import connection
+from relay.postgres.planning import Planning
 from relay.settings import PostgresSettings
 
 MOMENTS = (
@@ -36,7 +37,7 @@ async def test_the_time_of_a_row_is_its_own_to_the_second_and_never_rounded_up(d
         late = writing.transaction()
         await late.start()
         await writing.execute(INSERT, datetime.fromisoformat(MOMENTS[0]))
-        reader = Reader(reading, shard=0, page_rows=2, page_bytes=10_000)
+        reader = Reader(reading, shard=0, page_rows=2, page_bytes=10_000, planning=Planning(reading))
         before = await reader.read(Position(Snapshot(1, 1)))
         await late.commit()
         for moment in MOMENTS[1:]:
@@ -77,7 +78,7 @@ async def test_a_page_knows_whether_it_is_the_last_of_its_window_whatever_ended_
             for _ in range(5):
                 await opened.execute(INSERT, datetime.fromisoformat(MOMENTS[1]))
             xid = int(await opened.fetchval("SELECT pg_current_xact_id()::text"))
-        reader = Reader(opened, shard=0, page_rows=page_rows, page_bytes=page_bytes)
+        reader = Reader(opened, shard=0, page_rows=page_rows, page_bytes=page_bytes, planning=Planning(opened))
         position = Position(Snapshot(xid, xid + 1, (xid,)) if late else Snapshot(1, 1))
         found: list[tuple[int, bool]] = []
         while not found or not found[-1][1]:

@@ -15,6 +15,7 @@ from relay.message import Message
 from relay.outbox.cursor import Page, Position, Snapshot
 from relay.outbox.reader import Reader
 from relay.postgres.connect import Connection, connection
+from relay.postgres.planning import Planning
 from relay.rabbitmq.contract import Confirmed, Outcome, Publisher
 from relay.settings import Settings
 
@@ -34,7 +35,13 @@ async def read(settings: Settings, _: Mapping[str, Any], parent: Parent) -> None
 
 async def pages(settings: Settings, opened: Connection) -> AsyncIterator[Page]:
     """The log from its beginning, as the relay reads it."""
-    reader = Reader(opened, shard=0, page_rows=settings.outbox.page_rows, page_bytes=settings.outbox.page_bytes)
+    reader = Reader(
+        opened,
+        shard=0,
+        page_rows=settings.outbox.page_rows,
+        page_bytes=settings.outbox.page_bytes,
+        planning=Planning(opened),
+    )
     position = _BEGINNING
     while True:
         page = await reader.read(position)
