@@ -15,6 +15,13 @@ from relay.supervisor import HEALTHY_S, Backoff, ended
 Service = Callable[[], Awaitable[None]]
 """Runs until it is cancelled. Called again, after a back-off, when it raises or returns."""
 
+_REFUSED = DaemonSettings(backoff_first_s=1.0, backoff_max_s=60.0)
+
+
+def refusals() -> Backoff:
+    """Delays between two looks for what this user may not use: it may be a right that was taken away for a moment, or for good."""
+    return Backoff(_REFUSED)
+
 
 @asynccontextmanager
 async def beside(

@@ -30,6 +30,7 @@ from relay.postgres.queries import query
 from relay.rabbitmq.contract import Publisher
 from relay.rabbitmq.control_topology import marks_exchange, marks_exchange_name
 from relay.rabbitmq.stock_publisher import StockPublisher
+from relay.services import refusals
 from relay.settings import Settings
 
 log = structlog.get_logger()
@@ -39,9 +40,6 @@ _MESSAGES = 100
 
 _SWEEP_AGGREGATES = 2000
 """Aggregates that one pass of the sweep looks at: some 40 ms of the server's time."""
-
-_UNAVAILABLE_S = 60.0
-"""Time between two looks for an exchange that this user may not declare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +64,7 @@ class MarksService:
         self._pace = pace or Pace()
         self._clock = asyncio.get_running_loop().time
         self._told_unavailable = False
+        self._refusals = refusals()
         self._waiting: deque[Message] = deque()  # of what is recent
         self._swept_waiting: deque[Message] = deque()  # of the sweep
         self._swept: Aggregate | None = ("", "")  # where the sweep goes on; None: it is done
@@ -79,6 +78,7 @@ class MarksService:
         self._recent.wanted = True
         try:
             async with connection(self._settings.postgres, application="relay marks") as opened, self._open() as target:
+                self._told_unavailable, self._refusals = False, refusals()
                 while True:
                     await self._pass(opened, target)
                     await asyncio.sleep(self._pace.interval_s)
@@ -91,7 +91,7 @@ class MarksService:
                     effect="inboxes do not notice a lost last event of an aggregate",
                 )
             self._told_unavailable = True
-            await asyncio.sleep(_UNAVAILABLE_S)
+            await asyncio.sleep(self._refusals.next_s())
         finally:
             self._recent.wanted = False
 

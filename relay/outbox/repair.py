@@ -28,6 +28,7 @@ from relay.rabbitmq.control_topology import RepairQueue
 from relay.rabbitmq.lanes import open_consumer
 from relay.rabbitmq.stock_publisher import StockPublisher
 from relay.rabbitmq.topology import queues
+from relay.services import refusals
 from relay.settings import Settings
 
 log = structlog.get_logger()
@@ -41,9 +42,6 @@ _LINGER_S = 30.0
 
 _REDONE_S = 10.0
 """An answer that breaks off later is not begun again: much of it has arrived, and the inbox asks for the rest."""
-
-_UNAVAILABLE_S = 60.0
-"""Time between two looks for a queue that this user may not declare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,7 @@ class Repair:
         self._source = source
         self._queue = RepairQueue(source=source)
         self._told_unavailable = False
+        self._refusals = refusals()
         self._clock = asyncio.get_running_loop().time
         self._taken: tuple[Consumer, int] | None = None  # the tag of the request that is to be acknowledged
         self._taken_at = 0.0
@@ -82,6 +81,7 @@ class Repair:
         except BrokerRefused as exc:
             await self._go_without(exc)
             return
+        self._told_unavailable, self._refusals = False, refusals()
         try:
             while True:
                 (delivery,) = await consumer.receive(1)
@@ -99,7 +99,7 @@ class Repair:
                 effect="inboxes that miss something are not answered",
             )
         self._told_unavailable = True
-        await asyncio.sleep(_UNAVAILABLE_S)
+        await asyncio.sleep(self._refusals.next_s())
 
     async def _answer_all(self, consumer: Consumer, first: Delivery, answerer: _Answerer) -> None:
         """The first request and those after it, until none has come for a while."""

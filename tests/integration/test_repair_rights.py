@@ -107,6 +107,27 @@ async def test_without_the_rights_for_marks_and_repair_events_flow_and_it_is_tol
     assert sorted(events) == ["marks_unavailable", "marks_unavailable", "repair_unavailable"]  # inbox, relay, relay
 
 
+async def test_rights_that_were_taken_away_for_a_moment_are_not_done_without_for_long(
+    pair: Pair, grant: Grant, rabbitmq: RabbitMQ
+) -> None:
+    await pair.declare()
+    await lose_some(pair)
+    pair.producer = grant(pair.producer, RELAY_BEFORE)
+    with capture_logs() as told:
+        async with pair.relay():
+
+            async def refused() -> bool:
+                return {"marks_unavailable", "repair_unavailable"} <= {t["event"] for t in told}
+
+            await until(refused)
+            parts = urlsplit(pair.producer.rabbitmq.url.get_secret_value())
+            vhost = quote(parts.path.removeprefix("/"), safe="")
+            rabbitmq.management().request("PUT", f"/api/permissions/{vhost}/{parts.username}", RELAY)
+            async with pair.inbox():
+                await pair.applied("1", [1, 2, 3])
+                await pair.applied("2", [1, 2, 3])
+
+
 async def test_without_declaring_what_is_missing_is_done_without_and_what_is_there_is_used(pair: Pair) -> None:
     """The queue and its bindings were made by somebody else; the queue for requests was not."""
     await pair.declare()
