@@ -42,8 +42,8 @@ UPDATE relay.outbox_cursor SET source = $3, cluster_id = $4 WHERE shard = $1 AND
 -- The first page of what is new since a snapshot, and the snapshot it was read with. One row at least: with a null id, nothing is new.
 -- A page ends at $3 rows, or behind the row that reaches $4 bytes; is_last: nothing that the limit of rows gave is behind this row.
 -- One window for both: each further one copies every row once more, 0.3 us of PostgreSQL a row; so does a frame without ROWS.
--- `shard + 0` leaves the index on xid as the only one (see relay.postgres.planning); `id + 0` keeps the planner, where it plans for the values, from
--- walking that on id through all of history in search of the page.
+-- `shard + 0` leaves the index on xid as the only one (see relay.postgres.planning); `id + 0` keeps the planner, where it plans for the
+-- values, from walking that on id through all of history in search of the page.
 -- The columns of a row are those of relay.message.Row, as in all queries that rows are made of; what must be computed of them is, for the
 -- page alone, at the end. created_s: in whole seconds since 1970 (exact: a message says no more, and it is decoded in a tenth of the
 -- time that a timestamptz takes). The snapshot is told once: its list of transactions in progress can be long.
