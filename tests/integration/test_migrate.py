@@ -15,7 +15,7 @@ from relay.postgres.migrate import Migration, migrate, migrations, missing, requ
 from relay.sandbox import Postgres, SandboxPostgres
 from relay.settings import PostgresSettings
 from tests.harness.logins import Logins
-from tests.harness.outbox import connected
+from tests.harness.outbox import connected, until
 
 ALL = tuple(f"{m.version:04} {m.name}" for m in migrations())
 
@@ -60,11 +60,19 @@ async def test_databases_of_one_cluster_migrated_at_once_do_not_quarrel_over_the
 async def test_a_migration_may_take_longer_than_any_other_statement(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = Migration(len(ALL) + 1, "long", "SELECT pg_sleep(3)")
-    monkeypatch.setattr(schema, "migrations", lambda: [*migrations(), long])
+    """It waits for a lock that is held until PostgreSQL says that the time-out of other statements is over."""
     impatient = PostgresSettings.model_validate({"dsn": empty_database, "command_timeout_s": 2})
-    async with session(impatient, application="test") as opened:
-        assert (await migrate(opened)).applied == (*ALL, f"{long.version:04} long")
+    long = Migration(len(ALL) + 1, "long", "SELECT pg_advisory_xact_lock(1)")
+    overdue = "SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'test long' AND clock_timestamp() - query_start > interval '2 s'"
+    async with connected(empty_database) as holder, session(impatient, application="test long") as opened:
+        await migrate(holder)
+        monkeypatch.setattr(schema, "migrations", lambda: [*migrations(), long])
+        await holder.execute("SELECT pg_advisory_lock(1)")
+        migrating = asyncio.create_task(migrate(opened))
+        await until(lambda: holder.fetchval(overdue))
+        assert not migrating.done()
+        await holder.execute("SELECT pg_advisory_unlock(1)")
+        assert (await migrating).applied == (f"{long.version:04} long",)
 
 
 async def test_a_failing_migration_leaves_nothing_behind(empty_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
