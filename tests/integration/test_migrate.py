@@ -63,7 +63,7 @@ async def test_a_migration_may_take_longer_than_any_other_statement(
     """It waits for a lock that is held until PostgreSQL says that the time-out of other statements is over."""
     impatient = PostgresSettings.model_validate({"dsn": empty_database, "command_timeout_s": 2})
     long = Migration(len(ALL) + 1, "long", "SELECT pg_advisory_xact_lock(1)")
-    overdue = "SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'test long' AND clock_timestamp() - query_start > interval '2 s'"
+    overdue = "SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'test long' AND wait_event = 'advisory' AND clock_timestamp() - query_start > interval '2 s'"
     async with connected(empty_database) as holder, session(impatient, application="test long") as opened:
         await migrate(holder)
         monkeypatch.setattr(schema, "migrations", lambda: [*migrations(), long])
