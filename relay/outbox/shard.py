@@ -135,8 +135,10 @@ class Shard:
             await self._retry.settle_alone()
             reached(Point.STOPPED)
         finally:
-            await self._retry.close()
-            await self._pipeline.close()
+            try:
+                await self._retry.close()
+            finally:
+                await self._pipeline.close()
         return self._blocked.rows
 
     # --- what may change what is sent, or sends by itself: with nothing in flight

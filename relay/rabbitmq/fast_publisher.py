@@ -175,8 +175,10 @@ class FastPublisher:
 
     async def close(self) -> None:
         """See the contract."""
-        await close(self._session)
-        self._end(BrokerUnavailable("the publisher was closed"))
+        try:
+            await close(self._session)
+        finally:
+            self._end(BrokerUnavailable("the publisher was closed"))
 
     # --- writing
 

@@ -331,6 +331,21 @@ class TestL:
                 await consumer.close()
             assert broker.client_sockets() == 0
 
+    @pytest.mark.parametrize("step", ["Channel.Close", "Connection.Close"])
+    async def test_a_goodbye_that_is_cancelled_at_any_step_leaves_no_socket(self, kind: Kind, step: str) -> None:
+        """A session whose end is insisted on is cancelled again after a second, in the middle of what it says to a slow broker."""
+        async with stub_broker() as broker:
+            consumer = await kind.open(broker.settings(), QUEUE, prefetch=1, name="traps")
+            broker.last.ignores = frozenset((step,))
+            before = broker.last.seen.count(step)
+            closing = asyncio.create_task(consumer.close())
+            await until(lambda: broker.last.seen.count(step) > before)
+            closing.cancel()
+            async with asyncio.timeout(2):
+                with pytest.raises(asyncio.CancelledError):
+                    await closing
+            assert broker.client_sockets() == 0
+
 
 # --- P: the kernel's part
 
