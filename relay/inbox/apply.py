@@ -11,6 +11,7 @@ import structlog
 from relay.errors import PostgresError, PostgresUnavailable
 from relay.failpoints import Point, reached
 from relay.inbox import store, stored
+from relay.inbox.beside import Beside
 from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
 from relay.inbox.failures import Collision, CommitFailed, HandlerFailed, loggable
@@ -42,8 +43,11 @@ class Applier:
     of the batch may be; the rest is delivered again, and what was done already is recognised.
     """
 
-    def __init__(self, database: Database, rules: Rules, suspects: Suspects | None = None) -> None:
+    def __init__(
+        self, database: Database, rules: Rules, suspects: Suspects | None = None, beside: Beside | None = None
+    ) -> None:
         self._database = database
+        self._beside = beside or Beside()
         self._rules = rules
         self._suspects = Suspects() if suspects is None else suspects
         self._swept: Key | None = None
@@ -222,6 +226,7 @@ class Applier:
                     follow=follow,
                     given_up=given_up,
                     patiently=self._database.patiently,
+                    beside=self._beside,
                 )
                 stats = await work.run(batch)
         except PostgresError:

@@ -16,6 +16,7 @@ from relay.errors import PostgresError, PostgresUnavailable, RelayError, Unreada
 from relay.failpoints import Point, reached
 from relay.inbox.appliers import Appliers
 from relay.inbox.apply import Applier
+from relay.inbox.beside import Beside
 from relay.inbox.charges import Suspects
 from relay.inbox.database import Database
 from relay.inbox.figures import Figures
@@ -87,6 +88,7 @@ class _Daemon:
             settings, consumer=self._rules.consumer, queue=self._queue.name, policy=self._rules.policy
         )
         self._suspects = Suspects()
+        self._beside = Beside()
         self._careful = 0  # messages still to be received one at a time, see _consume
 
     async def look(self) -> None:
@@ -127,7 +129,7 @@ class _Daemon:
 
     def _applier(self, databases: Sequence[Database]) -> Applier | Appliers:
         """One for each database; what is known against messages is known to all of them."""
-        appliers = [Applier(database, self._rules, self._suspects) for database in databases]
+        appliers = [Applier(database, self._rules, self._suspects, self._beside) for database in databases]
         return appliers[0] if len(appliers) == 1 else Appliers(appliers, self._rules)
 
     async def _consume(self, databases: Sequence[Database], applier: Applier | Appliers) -> None:
@@ -141,7 +143,10 @@ class _Daemon:
         try:
             async with self._consumer(prefetch) as consumer:
                 log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name, prefetch=prefetch)
-                loop = _Loop(self._settings, consumer, databases, applier, self._figures, self.stop, self._count, limit)
+                intake = Intake(consumer, ahead=self._settings.inbox.most_in_batch, beside=self._beside)
+                loop = _Loop(
+                    self._settings, consumer, intake, databases, applier, self._figures, self.stop, self._count, limit
+                )
                 await loop.run()
         except UnreadableMessage:
             self._careful = self._settings.inbox.prefetch
@@ -188,6 +193,7 @@ class _Loop:
         self,
         settings: Settings,
         consumer: Consumer,
+        intake: Intake,
         databases: Sequence[Database],
         applier: Applier | Appliers,
         figures: Figures,
@@ -197,6 +203,7 @@ class _Loop:
     ) -> None:
         self._settings = settings
         self._consumer = consumer
+        self._intake = intake
         self._databases = databases
         self._database = databases[0]
         self._applier = applier
@@ -212,7 +219,7 @@ class _Loop:
 
     async def run(self) -> None:
         """Until `stop`, or `limit` messages. Raises BrokerError or PostgresError when the session has ended."""
-        async with Intake(self._consumer, ahead=self._settings.inbox.most_in_batch).running() as intake:
+        async with self._intake.running() as intake:
             await self._run(intake)
 
     async def _run(self, intake: Intake) -> None:

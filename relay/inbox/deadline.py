@@ -25,6 +25,7 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
+        self._owner: asyncio.Task[Any] | None = None  # who enters: asked for once, which costs as much as all the rest
         self._task: asyncio.Task[Any] | None = None  # None: outside
         self._asked = 0  # cancellations of the task from outside, when it entered
         self._until = math.inf
@@ -32,7 +33,7 @@ class Deadline:
         self.expired = False
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
+        task = self._owner = self._owner or asyncio.current_task()
         if task is None:
             raise RuntimeError("a Deadline is for a task")
         self._task, self._asked, self.expired = task, task.cancelling(), False

@@ -81,7 +81,8 @@ class Handling:
             self._tally.add("skipped")
             return True
         try:
-            self._refuse_known(arrival)
+            if self._any_charges:
+                self._refuse_known(arrival)
             if self._careful:
                 await self._caller.call_in_savepoint(handler, arrival)
             else:
@@ -92,7 +93,7 @@ class Handling:
             self.errors[arrival.name] = exc.error
             return False
         self._tally.add("applied")
-        if arrival.message in self._charges.suspects:
+        if self._any_charges and arrival.message in self._charges.suspects:
             self.cleared.append(arrival)
         return True
 

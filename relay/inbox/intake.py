@@ -16,6 +16,7 @@ import structlog
 
 from relay.control import Control, is_control, to_control
 from relay.errors import BrokerUnavailable
+from relay.inbox.beside import Beside
 from relay.inbox.sequencer import Arrival
 from relay.inbox.store import Stranger
 from relay.inbox.work import Batch
@@ -53,9 +54,10 @@ class _Other(NamedTuple):
 class Intake:
     """The deliveries of one consumer's session, in the broker's order."""
 
-    def __init__(self, consumer: Consumer, *, ahead: int) -> None:
+    def __init__(self, consumer: Consumer, *, ahead: int, beside: Beside | None = None) -> None:
         self._consumer = consumer
         self._ahead = ahead
+        self._beside = beside or Beside()
         self._ready: deque[Arrival | _Other] = deque()
         self._bytes = 0  # of their bodies
         self._changed = asyncio.Event()  # something is ready, or the session has ended
@@ -72,7 +74,8 @@ class Intake:
         """
         task = asyncio.create_task(self._run())
         try:
-            yield self
+            with self._beside.stepping(self._one):
+                yield self
         finally:
             await ended(task)
 
@@ -109,15 +112,14 @@ class Intake:
 
     async def _run(self) -> None:
         try:
-            while True:
-                while (room := self._ahead - len(self._ready)) <= 0 or self._bytes >= BATCH_BYTES:
+            while self._error is None:
+                await self._others_turn()
+                while (room := self._room_left) <= 0:
                     self._room.clear()
                     await self._room.wait()
                 for delivery in await self._consumer.receive(min(room, _PORTION)):
-                    self._bytes += len(delivery.body)
-                    self._ready.append(_understood(delivery))
+                    self._keep(delivery)
                 self._changed.set()
-                await asyncio.sleep(0)  # a consumer that has more does not wait: let the others go on
         except asyncio.CancelledError:
             self._error = BrokerUnavailable("the intake was stopped")
             raise
@@ -125,6 +127,35 @@ class Intake:
             self._error = exc
         finally:
             self._changed.set()
+
+    async def _others_turn(self) -> None:
+        """A consumer that has more does not wait, and between calls of handlers it is `_one` that goes on."""
+        if self._beside.rests:
+            await self._beside.rested()
+        else:
+            await asyncio.sleep(0)
+
+    def _one(self) -> None:
+        """The next delivery, if it is here and there is room."""
+        if self._error is not None or self._room_left <= 0:
+            return
+        try:
+            if (delivery := self._consumer.next_ready()) is not None:
+                self._keep(delivery)
+        except Exception as exc:  # noqa: BLE001 - raised by `wait`, so that nothing after what is lost here is acknowledged
+            self._error = exc
+        self._changed.set()
+
+    @property
+    def _room_left(self) -> int:
+        """How many deliveries may be received."""
+        return self._ahead - len(self._ready) if self._bytes < BATCH_BYTES else 0
+
+    def _keep(self, delivery: Delivery) -> None:
+        if self._error is not None:
+            return  # one before it is lost: it must not be acknowledged with what comes after
+        self._bytes += len(delivery.body)
+        self._ready.append(_understood(delivery))
 
 
 def _understood(delivery: Delivery) -> Arrival | _Other:

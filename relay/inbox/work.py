@@ -11,6 +11,7 @@ import structlog
 from relay.control import Control, Gone, Marks
 from relay.failpoints import Point, reached
 from relay.inbox import gaps
+from relay.inbox.beside import Beside
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import DIED, CommitFailed, loggable
@@ -138,12 +139,14 @@ class Work:
         follow: int = FOLLOW_LIMIT,
         given_up: Sequence[int] = (),
         patiently: Patiently | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._connection = connection
         self._rules = rules
         self._charges = charges
         self._follow_left = follow
         self._given_up = given_up
+        self._beside = beside or Beside()
         self._clock = asyncio.get_running_loop().time
         self._store = Store(
             connection,
@@ -230,9 +233,10 @@ class Work:
     ) -> None:
         """Apply all of it, in this order: a failure ends the transaction, so there is nothing to settle."""
         if not self._handling.postpone_all(placed):
-            for key, arrival in placed:
-                if not self._handling.postpone(key, arrival):
-                    await self._succeeds(arrival)
+            with self._beside.calls():
+                for key, arrival in placed:
+                    if not self._handling.postpone(key, arrival):
+                        await self._succeeds(arrival)
         await self._handling.call_postponed()
         if held := await self._store.write_cursors(after, look=True):
             self._line_up({key: cursors[key] for key in held}, placed)
@@ -263,12 +267,13 @@ class Work:
     async def _take(self, placed: Sequence[Placed]) -> None:
         """Take arrivals in this order, and apply what can be applied. Awaits nothing for an event that is postponed."""
         postpone = self._handling.postpone
-        for key, arrival in self._applicable(placed):
-            succeeds = postpone(key, arrival) or await self._succeeds(arrival)
-            if key is None:
-                self._settle_loose(arrival, succeeds)
-            else:
-                self._settle(key, arrival, succeeds=succeeds)
+        with self._beside.calls():
+            for key, arrival in self._applicable(placed):
+                succeeds = postpone(key, arrival) or await self._succeeds(arrival)
+                if key is None:
+                    self._settle_loose(arrival, succeeds)
+                else:
+                    self._settle(key, arrival, succeeds=succeeds)
         await self._handling.call_postponed()
 
     def _applicable(self, placed: Sequence[Placed]) -> Iterator[Placed]:
@@ -296,6 +301,7 @@ class Work:
 
     async def _succeeds(self, arrival: Arrival) -> bool:
         """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
+        self._beside.begins()
         if self._stored is None or arrival.event.is_tombstone:
             return await self._handling.succeeds(arrival)
         await self._stored.add(arrival.event)

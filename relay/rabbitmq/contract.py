@@ -102,6 +102,13 @@ class Consumer(Protocol):
         """
         ...
 
+    def next_ready(self) -> Delivery | None:
+        """The next delivery in the sequence of `receive`, if it is here already. None: it is not, or the session has ended.
+
+        Raises BrokerError when it is what ends the session.
+        """
+        ...
+
     async def acknowledge(self, tag: int) -> None:
         """Acknowledge everything up to and including `tag`. Raises BrokerError when the session has ended (harmless: redelivery)."""
         ...

@@ -84,17 +84,18 @@ class FastConsumer(Subscription[_Sized]):
     async def receive(self, limit: int) -> list[Delivery]:
         """See the contract."""
         taken = await self._next(limit, _COUNTED)
-        try:
-            deliveries = [_delivery(*content) for _, content in taken]
-        except FrameError as exc:
-            error = BrokerUnavailable(f"what RabbitMQ sent cannot be followed: {exc}")
-            self._end(error)
-            raise error from exc
-        except UnreadableMessage as exc:
-            self._end(exc)
-            raise
+        deliveries = [self._delivered(content) for _, content in taken]
         self._handed_out.extend([(delivery.tag, size) for delivery, (size, _) in zip(deliveries, taken, strict=True)])
         return deliveries
+
+    def next_ready(self) -> Delivery | None:
+        """See the contract."""
+        if not self._buffer or self._lost is not None:
+            return None
+        size, content = self._buffer.popleft()
+        delivery = self._delivered(content)
+        self._handed_out.append((delivery.tag, size))
+        return delivery
 
     async def acknowledge(self, tag: int) -> None:
         """See the contract."""
@@ -103,6 +104,18 @@ class FastConsumer(Subscription[_Sized]):
         while self._handed_out and self._handed_out[0][0] <= tag:
             released += self._handed_out.popleft()[1]
         self.backpressure.release(released)
+
+    def _delivered(self, content: Content) -> Delivery:
+        """What is not to be handed out at all ends the session. Raises BrokerError."""
+        try:
+            return _delivery(*content)
+        except FrameError as exc:
+            error = BrokerUnavailable(f"what RabbitMQ sent cannot be followed: {exc}")
+            self._end(error)
+            raise error from exc
+        except UnreadableMessage as exc:
+            self._end(exc)
+            raise
 
     def _on_data(self, received: int) -> None:
         """Counts a piece's messages together: a call for each would cost as much as all the rest of it."""

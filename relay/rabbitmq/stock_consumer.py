@@ -46,6 +46,10 @@ class StockConsumer(Subscription[Delivery]):
         """See the contract."""
         return await self._next(limit, _size)
 
+    def next_ready(self) -> Delivery | None:
+        """See the contract."""
+        return self._buffer.popleft() if self._buffer and self._lost is None else None
+
     async def _on_message(self, message: DeliveredMessage) -> None:
         """For each delivery aiormq starts a task, in order; without an await in it they also run in order."""
         self._buffer.append(_delivery(message))

@@ -130,6 +130,13 @@ class Feed:
         self._next += len(taken)
         return taken
 
+    def next_ready(self) -> Delivery | None:
+        """See the contract."""
+        if self._next == min(len(self._deliveries), self._acknowledged + self._prefetch):
+            return None
+        self._next += 1
+        return self._deliveries[self._next - 1]
+
     async def acknowledge(self, tag: int) -> None:
         """See the contract. Tags are 1, 2, 3 ..."""
         self._acknowledged = tag

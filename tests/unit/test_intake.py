@@ -48,6 +48,11 @@ class Broker:
         taken, self.waiting = self.waiting[:limit], self.waiting[limit:]
         return taken
 
+    def next_ready(self) -> Delivery | None:
+        if self.lost is not None or not self.waiting:
+            return None
+        return self.waiting.pop(0)
+
     async def acknowledge(self, tag: int) -> None:
         self.acknowledged.append(tag)
 

@@ -93,6 +93,12 @@ class ModelConsumer:
                 return found
             self.something.clear()
 
+    def next_ready(self) -> Delivery | None:
+        """One of what `receive` would give now."""
+        if self._is_over or len(self.unacknowledged) >= self._prefetch:
+            return None
+        return next(iter(self._take(1)), None)
+
     def _take(self, most: int) -> list[Delivery]:
         found = []
         for _ in range(min(most, self._queue.dice.randint(1, 8), len(self._queue.ready))):

@@ -1,0 +1,75 @@
+"""What is done while a handler waits for PostgreSQL: the next deliveries are understood, one for each call, so that both are at work.
+
+A portion of them would take a hundred times as long as a statement: its answer would wait for us, and the server for the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_MOST = 8
+"""Steps at once, for appliers that are at work at the same time. One step is a hundredth of a millisecond."""
+
+
+class Beside:
+    """Between those who call handlers one by one and the intake. Without an intake nothing is done.
+
+    The intake's own portions rest meanwhile: see `rests` and `rested`. All of it is for one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._step: Callable[[], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._due = 0
+        self._calling = 0  # several appliers may be at work
+        self._rested = asyncio.Event()
+        self._rested.set()
+
+    @contextmanager
+    def stepping(self, step: Callable[[], None]) -> Iterator[None]:
+        """Within it `step` is what is done. It must return soon and raise nothing."""
+        self._step, self._loop = step, asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            self._step = self._loop = None
+
+    @contextmanager
+    def calls(self) -> Iterator[None]:
+        """Within it handlers are called one by one, `begins` before each."""
+        self._calling += 1
+        self._rested.clear()
+        try:
+            yield
+        finally:
+            self._calling -= 1
+            if not self._calling:
+                self._rested.set()
+
+    def begins(self) -> None:
+        """Do a step as soon as the caller waits for something: for a handler, once it has sent its statement.
+
+        Handlers that never wait get a few for all of their calls.
+        """
+        if self._loop is None:
+            return
+        self._due += 1
+        if self._due == 1:
+            self._loop.call_soon(self._do)
+
+    @property
+    def rests(self) -> bool:
+        """Whether handlers are being called one by one."""
+        return self._calling > 0
+
+    async def rested(self) -> None:
+        """Until they are not."""
+        await self._rested.wait()
+
+    def _do(self) -> None:
+        steps, self._due = min(self._due, _MOST), 0
+        for _ in range(steps):
+            if self._step is not None:
+                self._step()
