@@ -200,8 +200,9 @@ class TestH:
             await consumer.acknowledge(2)
             await broker.last.until(lambda line: line.acknowledged == [(2, True)])
 
+    @pytest.mark.parametrize("way", ["receive", "next_ready"])
     async def test_on_the_fast_lane_a_body_too_large_for_memory_is_what_cannot_be_read(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, way: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Acknowledged it would be lost: so the delivery limit sets it aside, as it does on stock what aiormq cannot read."""
         monkeypatch.setattr(fast_consumer, "MAX_BODY_BYTES", 1000)
@@ -209,11 +210,26 @@ class TestH:
             broker.last.deliver(1, b"x" * 1000)
             assert [d.body for d in await received(consumer, 1)] == [b"x" * 1000]
             broker.last.deliver(2, b"x" * 1001)
+            asked = consumer.receive(1) if way == "receive" else until(lambda: consumer.next_ready() is not None)
             async with asyncio.timeout(5):
                 with pytest.raises(UnreadableMessage, match="larger than 1000 bytes"):
-                    await consumer.receive(1)
+                    await asked
+            broker.last.deliver(3, b"x")
+            assert consumer.next_ready() is None
             with pytest.raises(UnreadableMessage):
                 await consumer.acknowledge(2)
+
+    async def test_nothing_is_ready_any_more_once_the_session_has_ended(self, kind: Kind) -> None:
+        async with stub_broker() as broker, consumer_of(broker, kind) as consumer:
+            broker.last.deliver(1, b"x")
+            broker.last.deliver(2, b"y")
+            await until(lambda: len(consumer._buffer) == 2)
+            first = consumer.next_ready()
+            assert first is not None
+            assert first.tag == 1
+            broker.last.cut()
+            await until(lambda: consumer._lost is not None)
+            assert consumer.next_ready() is None
 
     async def test_everything_that_can_be_read_is_handed_out_and_can_be_acknowledged(self, kind: Kind) -> None:
         """Nothing fails in a task where nobody sees it and keeps its place in the prefetch for ever."""

@@ -97,6 +97,22 @@ async def test_deliveries_come_in_the_broker_s_order_and_at_most_limit_at_a_time
         assert not any(d.redelivered for d in found)
 
 
+async def test_what_is_taken_without_waiting_is_next_in_the_same_sequence(broker: str, open_consumer: Open) -> None:
+    async with closing(open_consumer(broker)) as consumer:
+        assert consumer.next_ready() is None
+        await publish(broker, *numbered(50))
+        found = await received(consumer, 1, limit=1)
+        while len(found) < 50:
+            one = consumer.next_ready()
+            found += [one] if one is not None else await consumer.receive(1)
+            found += await consumer.receive(3) if len(found) % 7 == 0 else []
+        assert [d.body for d in found] == numbered(50)
+        assert [d.tag for d in found] == sorted(d.tag for d in found)
+        assert consumer.next_ready() is None
+        await consumer.acknowledge(found[-2].tag)
+    assert await depth(broker, QUEUE.name) == 1
+
+
 async def test_no_more_than_the_prefetch_is_delivered_without_an_acknowledgement(
     broker: str, open_consumer: Open
 ) -> None:

@@ -1,0 +1,76 @@
+"""What is done beside a call of a handler: one step for each, while the handler waits, and nothing when nobody offers one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from relay.inbox.beside import Beside
+
+
+async def test_a_step_is_done_while_the_handler_waits_and_not_before() -> None:
+    beside, happened = Beside(), list[str]()
+
+    async def handler() -> None:
+        happened.append("sent")
+        await asyncio.sleep(0)
+        happened.append("answered")
+
+    with beside.stepping(lambda: happened.append("step")), beside.calls():
+        for _ in range(2):
+            beside.begins()
+            await handler()
+    assert happened == ["sent", "step", "answered", "sent", "step", "answered"]
+
+
+async def test_handlers_that_never_wait_get_a_few_steps_for_all_of_their_calls() -> None:
+    beside, steps = Beside(), list[int]()
+    with beside.stepping(lambda: steps.append(1)):
+        with beside.calls():
+            for _ in range(1000):
+                beside.begins()
+        await asyncio.sleep(0)
+    assert 1 <= len(steps) <= 8
+
+
+async def test_appliers_at_the_same_time_get_a_step_for_each_of_their_calls() -> None:
+    beside, steps = Beside(), list[int]()
+
+    async def applier() -> None:
+        with beside.calls():
+            for _ in range(5):
+                beside.begins()
+                await asyncio.sleep(0)
+
+    with beside.stepping(lambda: steps.append(1)):
+        await asyncio.gather(*(applier() for _ in range(3)))
+    assert len(steps) == 15
+
+
+async def test_the_portions_rest_until_the_last_of_several_has_called_its_handlers() -> None:
+    beside, rests = Beside(), list[bool]()
+    rests.append(beside.rests)
+    await beside.rested()
+    with beside.calls():
+        with beside.calls():
+            rests.append(beside.rests)
+        rests.append(beside.rests)
+        waiting = asyncio.create_task(beside.rested())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    await waiting
+    rests.append(beside.rests)
+    assert rests == [False, True, True, False]
+
+
+async def test_nothing_is_done_once_the_intake_has_ended() -> None:
+    beside, steps = Beside(), list[int]()
+    with beside.stepping(lambda: steps.append(1)):
+        beside.begins()
+    await asyncio.sleep(0)
+    beside.begins()
+    await asyncio.sleep(0)
+    assert steps == []
+    with beside.stepping(lambda: steps.append(1)):  # the next session's
+        beside.begins()
+        await asyncio.sleep(0)
+    assert steps == [1]
