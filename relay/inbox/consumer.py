@@ -44,6 +44,9 @@ As often it is looked for held messages that wait although their turn has come."
 _IDLE_RETRY_S = 0.5
 """Least time between two retry passes when the first found nothing to do: somebody else is at it."""
 
+_AHEAD = 2
+"""Batches that are understood while one is at work: with one of them, the processor rested through the end of each transaction."""
+
 _PURGE_INTERVAL_S = 60.0
 
 OnCommit = Callable[[Stats], None]
@@ -143,7 +146,7 @@ class _Daemon:
         try:
             async with self._consumer(prefetch) as consumer:
                 log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name, prefetch=prefetch)
-                intake = Intake(consumer, ahead=self._settings.inbox.most_in_batch, beside=self._beside)
+                intake = Intake(consumer, ahead=_AHEAD * self._settings.inbox.most_in_batch, beside=self._beside)
                 loop = _Loop(
                     self._settings, consumer, intake, databases, applier, self._figures, self.stop, self._count, limit
                 )

@@ -27,8 +27,9 @@ from relay.supervisor import ended
 
 log = structlog.get_logger()
 
-_PORTION = 128
-"""Deliveries understood at a time, about a millisecond: so long may an answer from PostgreSQL wait for us."""
+_PORTION = 32
+"""Deliveries understood at a time, a third of a millisecond: so long may an answer from PostgreSQL wait for us, several times in a
+statement. With 128, batches took a tenth longer."""
 
 
 _arrival = partial(tuple.__new__, Arrival)
