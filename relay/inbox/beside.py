@@ -6,22 +6,25 @@ A portion of them would take a hundred times as long as a statement: its answer 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _MOST = 8
-"""Steps at once, for appliers that are at work at the same time. One step is a hundredth of a millisecond."""
+"""Steps in one turn of the loop, where several appliers or handlers that did not wait have begun calls since the last. One takes a
+hundredth of a millisecond, a message of a megabyte a whole one. What is left over has the next turn."""
 
 
 class Beside:
     """Between those who call handlers one by one and the intake. Without an intake nothing is done.
 
-    The intake's own portions rest meanwhile: see `rests` and `rested`. All of it is for one event loop.
+    The intake begins none of its own portions meanwhile: see `rests` and `rested`. All of it is for one event loop.
     """
 
     def __init__(self) -> None:
         self._step: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._context = contextvars.copy_context()
         self._due = 0
         self._calling = 0  # several appliers may be at work
         self._rested = asyncio.Event()
@@ -30,11 +33,11 @@ class Beside:
     @contextmanager
     def stepping(self, step: Callable[[], None]) -> Iterator[None]:
         """Within it `step` is what is done. It must return soon and raise nothing."""
-        self._step, self._loop = step, asyncio.get_running_loop()
+        self._step, self._loop, self._context = step, asyncio.get_running_loop(), contextvars.copy_context()
         try:
             yield
         finally:
-            self._step = self._loop = None
+            self._step, self._loop, self._due = None, None, 0
 
     @contextmanager
     def calls(self) -> Iterator[None]:
@@ -46,18 +49,16 @@ class Beside:
         finally:
             self._calling -= 1
             if not self._calling:
+                self._due = 0
                 self._rested.set()
 
     def begins(self) -> None:
-        """Do a step as soon as the caller waits for something: for a handler, once it has sent its statement.
-
-        Handlers that never wait get a few for all of their calls.
-        """
+        """Do a step as soon as the caller waits for something: for a handler, once it has sent its statement."""
         if self._loop is None:
             return
         self._due += 1
         if self._due == 1:
-            self._loop.call_soon(self._do)
+            self._soon(self._loop)
 
     @property
     def rests(self) -> bool:
@@ -69,7 +70,14 @@ class Beside:
         await self._rested.wait()
 
     def _do(self) -> None:
-        steps, self._due = min(self._due, _MOST), 0
+        steps = min(self._due, _MOST)
         for _ in range(steps):
             if self._step is not None:
                 self._step()
+        self._due -= min(steps, self._due)
+        if self._due and self._loop is not None:
+            self._soon(self._loop)
+
+    def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In the context of the intake: what a handler has bound for its log lines is not for those about other messages."""
+        loop.call_soon(self._do, context=self._context)

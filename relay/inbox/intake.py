@@ -68,7 +68,7 @@ class Intake:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Intake]:
-        """Within it, deliveries are received, at most `ahead` of them and no more once BATCH_BYTES of bodies wait to be taken.
+        """Within it, deliveries are received, about `ahead` of them at most (a portion and a few more) and no more once BATCH_BYTES of bodies wait to be taken.
 
         They, what waits at the consumer and the batch at work are bounded together by the consumer, which counts until they are
         acknowledged: see relay.rabbitmq.fast_consumer.

@@ -52,9 +52,11 @@ class Subscription(Generic[T]):
             if alive:
                 await self._flush()
         finally:  # whoever insists on our end cancels the flush of a broker that does not answer; the socket has to go all the same
-            await close(self._session)
-            for closing in self._watched:
-                closing.cancel()
+            try:
+                await close(self._session)
+            finally:
+                for closing in self._watched:
+                    closing.cancel()
 
     async def _next(self, limit: int, size_of: Callable[[T], int]) -> list[T]:
         """What `receive` is to hand out: something, `limit` at most. Raises BrokerError when the session has ended."""

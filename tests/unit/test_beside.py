@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
+from itertools import pairwise
 
 from relay.inbox.beside import Beside
 
@@ -22,14 +24,43 @@ async def test_a_step_is_done_while_the_handler_waits_and_not_before() -> None:
     assert happened == ["sent", "step", "answered", "sent", "step", "answered"]
 
 
-async def test_handlers_that_never_wait_get_a_few_steps_for_all_of_their_calls() -> None:
+async def test_handlers_that_did_not_wait_get_their_steps_when_one_does_a_few_in_each_turn_of_the_loop() -> None:
+    beside, steps = Beside(), list[int]()
+    with beside.stepping(lambda: steps.append(1)), beside.calls():
+        for _ in range(100):
+            beside.begins()
+        done = [0]
+        while done[-1] < 100:
+            await asyncio.sleep(0)
+            done.append(len(steps))
+        await asyncio.sleep(0)
+    assert len(steps) == 100
+    assert max(after - before for before, after in pairwise(done)) == 8
+
+
+async def test_what_is_left_when_the_calls_are_over_is_for_the_portions() -> None:
     beside, steps = Beside(), list[int]()
     with beside.stepping(lambda: steps.append(1)):
         with beside.calls():
-            for _ in range(1000):
+            for _ in range(100):
                 beside.begins()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert steps == []
+        with beside.calls():
+            beside.begins()
+            await asyncio.sleep(0)
+        assert steps == [1]
+
+
+async def test_a_step_does_not_see_what_a_handler_has_bound_in_its_context() -> None:
+    bound = ContextVar("bound", default="nothing")
+    beside, seen = Beside(), list[str]()
+    with beside.stepping(lambda: seen.append(bound.get())), beside.calls():
+        bound.set("by a handler")
+        beside.begins()
         await asyncio.sleep(0)
-    assert 1 <= len(steps) <= 8
+    assert seen == ["nothing"]
 
 
 async def test_appliers_at_the_same_time_get_a_step_for_each_of_their_calls() -> None:
