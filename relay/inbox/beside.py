@@ -1,6 +1,6 @@
 """What is done while a handler waits for PostgreSQL: the next deliveries are understood, one for each call, so that both are at work.
 
-A portion of them would take a hundred times as long as a statement: its answer would wait for us, and the server for the next one.
+A portion of them takes several times as long as a statement: its answer would wait for us, and the server for the next one.
 """
 
 from __future__ import annotations
