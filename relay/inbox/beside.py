@@ -70,12 +70,13 @@ class Beside:
         await self._rested.wait()
 
     def _do(self) -> None:
+        if self._step is None or self._loop is None:
+            return
         steps = min(self._due, _MOST)
+        self._due -= steps
         for _ in range(steps):
-            if self._step is not None:
-                self._step()
-        self._due -= min(steps, self._due)
-        if self._due and self._loop is not None:
+            self._step()
+        if self._due:
             self._soon(self._loop)
 
     def _soon(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -222,10 +222,11 @@ class _Loop:
 
     async def run(self) -> None:
         """Until `stop`, or `limit` messages. Raises BrokerError or PostgresError when the session has ended."""
-        async with self._intake.running() as intake:
-            await self._run(intake)
+        async with self._intake.running():
+            await self._run()
 
-    async def _run(self, intake: Intake) -> None:
+    async def _run(self) -> None:
+        intake = self._intake
         with _waiting(self._stop.wait(), *(database.lost.wait() for database in self._databases)) as ending:
             receiving = asyncio.create_task(intake.wait())
             operated = asyncio.create_task(self._database.operated.wait())

@@ -249,27 +249,3 @@ async def test_the_end_of_the_session_between_calls_is_told_when_they_are_over()
         await all_idle()
         with pytest.raises(BrokerUnavailable, match="cut"):
             await ready.wait()
-
-
-async def test_a_batch_that_is_taken_after_a_step_has_failed_ends_before_what_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Held messages are retried, and handlers called, between `wait` and `take`."""
-    broker, beside = Broker([event(1)]), Beside()
-    understood = intake._understood
-
-    def failing(delivery: Delivery) -> object:
-        if delivery.tag == 2:
-            raise ZeroDivisionError
-        return understood(delivery)
-
-    monkeypatch.setattr(intake, "_understood", failing)
-    async with Intake(broker, ahead=10, beside=beside).running() as ready:
-        await all_idle()
-        await ready.wait()
-        with beside.calls():
-            broker.waiting.append(event(2))  # unannounced: the intake waits for the next one
-            await one_call(beside)
-            broker.deliver(event(3))
-            await all_idle()
-        assert ready.take(10).tag == 1
