@@ -137,6 +137,7 @@ async def acks_turned_into_nacks(scene: Scene, _: RabbitMQ) -> None:
     async with scene.broker.acks_as_nacks(share=0.3) as nacks, scene.relay():
         await until(lambda: _true(nacks.count > 0))
     async with scene.relay(), scene.consumer():
+        await scene.book(*[f"account/a{n}" for n in range(5)])  # each goes out behind its aggregate's copies
         await scene.all_applied()
 
 
