@@ -12,6 +12,7 @@ from typing import TypeVar
 import asyncpg
 
 from relay.inbox import storable
+from relay.inbox.failures import CommitFailed
 from relay.inbox.sequencer import Arrival, Cursor, Key, Reason
 from relay.message import TOMBSTONE, Delivery, Event
 from relay.postgres import arrays
@@ -115,6 +116,8 @@ class Due:
 Columns = tuple[list[str], list[str], str, list[int]]
 """Keys as `columns` makes them."""
 
+_NO_KEYS: Columns = ([], [], "{}", [])
+
 Patiently = Callable[[Awaitable[list[asyncpg.Record]]], Awaitable[list[asyncpg.Record]]]
 """How a statement that waits for locks is waited for: `relay.inbox.database.Database.patiently`."""
 
@@ -142,7 +145,8 @@ class Store:
         self._consumer = consumer
         self._lock_timeout_s = lock_timeout_s
         self._patiently = patiently
-        self._told: tuple[list[Key], Columns] = ([], columns([]))  # the last keys: mostly they come again
+        self._told: tuple[list[Key], Columns] = ([], _NO_KEYS)  # the last keys: mostly they come again
+        self._tids: dict[Key, str] = {}  # where the rows of the cursors are that were locked
         self.locked_in: str | None = None  # the transaction in which cursors were locked; None: none were
         self.written_in: str | None = None  # in which they were written
 
@@ -181,17 +185,20 @@ class Store:
         """Those that exist."""
         rows = await self._fetch_locking("lock_cursors", *self._columns(keys))
         self._locked(rows)
-        return {
-            keys[place - 1]: _cursor((last_seq, digest, blocked, True)) for place, last_seq, digest, blocked, _ in rows
-        }
+        found: dict[Key, Cursor] = {}
+        for place, last_seq, digest, blocked, tid, _ in rows:
+            key = keys[place - 1]
+            found[key] = _cursor((last_seq, digest, blocked, True))
+            self._tids[key] = tid
+        return found
 
     async def _create(self, keys: Sequence[Key]) -> dict[Key, Cursor]:
         """Those that did not exist: what another consumer inserted meanwhile has to be locked like the rest."""
         rows = await self._fetch_locking("create_cursors", *columns(keys))
         self._locked(rows)
-        return dict.fromkeys(
-            ((source, aggregate_type, aggregate_id) for source, aggregate_type, aggregate_id, _ in rows), _NEW
-        )
+        created = {(source, aggregate_type, name): tid for source, aggregate_type, name, tid, _ in rows}
+        self._tids |= created
+        return dict.fromkeys(created, _NEW)
 
     def _locked(self, rows: Sequence[asyncpg.Record]) -> None:
         """Note the transaction, which comes with the first row if with any."""
@@ -249,23 +256,30 @@ class Store:
         return sorted(map(_arrival, rows), key=lambda a: a.event.seq or 0)
 
     async def write_cursors(self, cursors: Mapping[Key, Cursor], *, look: bool) -> list[Key]:
-        """Write cursors that are locked by this transaction. `look`: if anything is held of some, write none, and return those."""
+        """Write cursors that were locked by this Store. `look`: if anything is held of some, write none, and return those.
+
+        Raises CommitFailed when somebody has moved their rows although they are locked: that can only be a handler, or a trigger.
+        """
         if not cursors:
             return []
         keys, values = list(cursors), list(cursors.values())
         row = await self._connection.fetchrow(
             query("write_cursors"),
             self._consumer,
-            *self._columns(keys),
+            *(self._columns(keys) if look else _NO_KEYS),
+            arrays.texts([self._tids[key] for key in keys]),
             arrays.numbers([c.last_seq for c in values]),
             arrays.octets([c.last_digest for c in values]),
             [place for place, c in enumerate(values, start=1) if c.blocked],
-            look,
         )
         if row is None:
             raise AssertionError("write_cursors gives one row")
-        self.written_in = row["transaction_id"]
-        return [keys[place - 1] for place in row["held"]]
+        self.written_in, held, written = row["transaction_id"], row["held"], row["written"]
+        if not held and written != len(keys) and self.written_in == self.locked_in:
+            raise CommitFailed(
+                f"HandlerError: {len(keys) - written} of the batch's rows of relay.inbox_aggregate were changed by its handlers, or a trigger"
+            )
+        return [keys[place - 1] for place in held]
 
     async def delete_held_through(
         self, cursors: Mapping[Key, Cursor], applied: Mapping[Key, Mapping[int, bytes]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -299,12 +299,15 @@ class Work:
         self._fresh.remove(arrival.message)
         return True
 
-    async def _succeeds(self, arrival: Arrival) -> bool:
+    def _succeeds(self, arrival: Arrival) -> Awaitable[bool]:
         """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
         self._beside.begins()
         if self._stored is None or arrival.event.is_tombstone:
-            return await self._handling.succeeds(arrival)
-        await self._stored.add(arrival.event)
+            return self._handling.succeeds(arrival)
+        return self._is_stored(self._stored, arrival)
+
+    async def _is_stored(self, stored: Stored, arrival: Arrival) -> bool:
+        await stored.add(arrival.event)
         self._tally.add("applied")
         return True
 

@@ -27,6 +27,7 @@ IDS = [str(i) for i in range(200)]
 KEYS: tuple[Any, ...] = (["s"], ["t"], arrays.texts(IDS), [])
 MIXED: tuple[Any, ...] = (["s", "s"], ["t", "u"], arrays.texts(IDS), [1, 2] * 100)
 SEQS = [1] * 200
+TIDS = arrays.texts([f"(0,{i})" for i in range(1, 201)])
 STATEMENTS: dict[str, tuple[Any, ...]] = {
     "lock_cursors": ("c", *KEYS),
     "create_cursors": ("c", *KEYS),
@@ -38,7 +39,7 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "due_held": ("c", 100, 1_000_000),
     "lock_due_held": ("c", SEQS),
     "next_due": ("c",),
-    "write_cursors": ("c", *KEYS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), [], True),
+    "write_cursors": ("c", *KEYS, TIDS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), []),
     "delete_held_through": ("c", "s", "t", IDS, SEQS, IDS, SEQS, [b""] * 200, "relay.tombstone"),
     "held_by_id": ("c", SEQS),
     "delete_held": (SEQS,),
@@ -160,7 +161,7 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "create_cursors": ("c", *ONE),
     "lines_with_held": ("c", *ONE),
     "insert_seen": ("c", ["s"], ["1"]),
-    "write_cursors": ("c", *ONE, arrays.numbers([2]), arrays.octets([b""]), [], True),
+    "write_cursors": ("c", *ONE, arrays.texts(["(0,1)"]), arrays.numbers([2]), arrays.octets([b""]), []),
 }
 
 

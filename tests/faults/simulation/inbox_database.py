@@ -85,6 +85,7 @@ class InboxDatabase(Server):
     def __init__(self, loop: VirtualLoop, dice: random.Random) -> None:
         super().__init__(loop, dice)
         self.last_id = 0
+        self._tids: dict[Key, str] = {}
         self.statements[EFFECT] = self._effect
         self.answer(
             probe_inbox=_nothing,
@@ -149,8 +150,13 @@ class InboxDatabase(Server):
             if self.locks_cursors:
                 await self.lock(session, key)
             row = self.read(session, "cursors")[key]
-            found.append((place, row.last_seq, row.last_digest, row.blocked, self._transaction_id(session)))
+            cursor = (row.last_seq, row.last_digest, row.blocked)
+            found.append((place, *cursor, self._tid(key), self._transaction_id(session)))
         return found
+
+    def _tid(self, key: Key) -> str:
+        """Where its row is. It stays there: who has not locked it overwrites what another one wrote, as an UPDATE that waited does."""
+        return self._tids.setdefault(key, f"(0,{len(self._tids) + 1})")
 
     async def _create_cursors(self, session: Session, _consumer: str, *columns: Any) -> list[tuple[str, ...]]:
         created: list[tuple[str, ...]] = []
@@ -159,7 +165,7 @@ class InboxDatabase(Server):
                 await self.lock(session, key)
             if key not in self.read(session, "cursors"):
                 self.write(session, "cursors", key, CursorRow())
-                created.append((*key, self._transaction_id(session)))
+                created.append((*key, self._tid(key), self._transaction_id(session)))
         return created
 
     def _lines_with_held(self, session: Session, _consumer: str, *columns: Any) -> list[tuple[int]]:
@@ -167,15 +173,16 @@ class InboxDatabase(Server):
         return [(place,) for place, key in enumerate(_keys(*columns), start=1) if key in held]
 
     def _write_cursors(self, session: Session, consumer: str, *columns: Any) -> list[dict[str, Any]]:
-        last_seqs, digests, blocked, look = columns[4:]
-        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])] if look else []
+        tids, last_seqs, digests, blocked = columns[4:]
+        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])]
         if held:
-            return [{"transaction_id": self._transaction_id(session), "held": held}]
+            return [{"transaction_id": self._transaction_id(session), "held": held, "written": 0}]
+        keys = {tid: key for key, tid in self._tids.items()}
         known = [None if digest is None else bytes.fromhex(digest.removeprefix("\\x")) for digest in _array(digests)]
-        rows = zip(_keys(*columns[:4]), _array(last_seqs), known, strict=True)
-        for place, (key, last_seq, digest) in enumerate(rows, start=1):
-            self.write(session, "cursors", key, CursorRow(last_seq, digest, place in blocked))
-        return [{"transaction_id": self._transaction_id(session), "held": []}]
+        rows = zip(_array(tids), _array(last_seqs), known, strict=True)
+        for place, (tid, last_seq, digest) in enumerate(rows, start=1):
+            self.write(session, "cursors", keys[tid], CursorRow(last_seq, digest, place in blocked))
+        return [{"transaction_id": self._transaction_id(session), "held": [], "written": len(known)}]
 
     async def _insert_seen(
         self, session: Session, _consumer: str, sources: list[str], ids: list[str]
