@@ -59,7 +59,8 @@ def _drains(_: Workload) -> Iterable[Step]:
 
 
 def _lives(load: Workload) -> Iterable[Step]:
-    rate = f"producers at {load.live_rate:,}/s"
+    each = f", {load.live_rows} events each" if load.live_rows > 1 else ""
+    rate = f"producers at {load.live_rate:,} transactions/s{each}"
     yield Step("live", "without", f"{rate}, no relay", partial(live, variant="without"))
     yield Step("live", "relay", f"{rate}, relay run; insert to confirm", partial(live, variant="relay"))
 

@@ -28,7 +28,8 @@ class Workload:
     aggregates: int
     payload_bytes: int
     seconds: float = 5.0  # of each stage with a rate
-    live_rate: int = 5000  # events a second, live relay
+    live_rate: int = 5000  # transactions a second, live relay
+    live_rows: int = 1  # events in each of them
     rates: tuple[int, ...] = (1000, 10_000)  # events a second, end to end
     producers: int = 8  # connections that insert at the same time
     samples: int = 20  # asleep: how many events, one by one

@@ -55,6 +55,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--payload", default="256", show_default=True, type=_Numbers(12, 1024 * 1024), help="Payload, bytes; large ones are fewer (256 MiB in all).")  # fmt: skip
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds; medians are reported, and the spread.")  # fmt: skip
 @click.option("--rate", default=5000, show_default=True, type=click.IntRange(1, 1_000_000), help="live: transactions a second.")  # fmt: skip
+@click.option("--rows", default=1, show_default=True, type=click.IntRange(1, 1000), help="live: events in a transaction.")  # fmt: skip
 @click.option("--rates", default="1000,10000", show_default=True, type=_Numbers(1, 1_000_000), help="end-to-end: events a second.")  # fmt: skip
 @click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0.1, 3600), help="How long each stage with a rate is.")  # fmt: skip
 @click.option("--producers", default=8, show_default=True, type=click.IntRange(1, 64), help="Connections that insert at a rate.")  # fmt: skip
@@ -111,6 +112,7 @@ def bench(
             payload_bytes=size,
             seconds=numbers["seconds"],
             live_rate=numbers["rate"],
+            live_rows=numbers["rows"],
             rates=numbers["rates"],
             producers=numbers["producers"],
             samples=numbers["samples"],

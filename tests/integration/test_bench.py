@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import asyncpg
 import pytest
@@ -84,6 +85,13 @@ async def test_live_with_the_relay_and_without(bench: Bench) -> None:
     assert beside.latency.samples == 100
     assert without.more.keys() == {"transaction_ms", "transaction_p99_ms", "late_s"}
     assert beside.more.keys() == without.more.keys() | {"backlog", "catch_up_s"}
+
+
+async def test_live_with_several_events_a_transaction(bench: Bench) -> None:
+    beside = await live.live(bench, replace(LOAD, live_rows=4), "relay")
+    assert beside.events == 400
+    assert beside.latency is not None
+    assert beside.latency.samples == 100  # of each transaction, until the last of its events is confirmed
 
 
 async def test_consume_statements_and_apply(bench: Bench) -> None:

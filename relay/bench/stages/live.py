@@ -10,13 +10,13 @@ from relay.settings import Settings
 
 
 async def live(bench: Bench, load: Workload, variant: str) -> Result:
-    """Producers at `live_rate`, one UPDATE and one event a transaction, into one quorum queue; with the relay, or `without`.
-
-    The latency is from just before the producer's statement to the moment when the relay has the broker's confirm in hand,
+    """Producers at `live_rate`, one UPDATE and `live_rows` events of one aggregate a transaction, into one quorum queue; with the relay,
+    or `without`. The latency is from just before the producer's statement to the moment when the relay has the broker's confirm in hand,
     on one clock (relay.bench.stamps). In `more`: `transaction_ms`, its `transaction_p99_ms`, `late_s` (how far producers fell
     behind their times), and with the relay `backlog` (events unconfirmed when the last producer ended) and `catch_up_s`.
     """
-    pace = Pace(int(load.live_rate * load.seconds), load.live_rate, connections=load.producers)
+    rate, rows = load.live_rate, load.live_rows
+    pace = Pace(int(rate * load.seconds), rate, rows_each=rows, connections=load.producers)
     async with bench.servers.fresh() as settings:
         await open_accounts(settings, load)
         await declare_bound_queue(settings, "quorum")
