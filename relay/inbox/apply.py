@@ -85,7 +85,7 @@ class Applier:
             self._log_together(together)
         if refused is not None:
             raise PostgresUnavailable(
-                f"COMMIT fails without any handler's doing: {loggable(refused.error)}"
+                f"a transaction fails without any handler's doing: {loggable(refused.error)}"
             ) from refused
         self.worked_s = self._database.worked_s - began
         return self.done
@@ -179,7 +179,7 @@ class Applier:
                 except CommitFailed as exc:
                     if blamed:
                         raise PostgresUnavailable(
-                            f"COMMIT fails without any handler's doing: {loggable(exc.error)}"
+                            f"a transaction fails without any handler's doing: {loggable(exc.error)}"
                         ) from exc
                     blamed = True
                     charges.doom(_name(single), exc.error)

@@ -26,6 +26,7 @@ ENDED = f"{HandlerError.__name__}: the handler ended the transaction, which belo
 ABORTED = (
     f"{HandlerError.__name__}: the handler swallowed an SQL error and left the transaction aborted (use a savepoint)"
 )
+MOVED = "rows of relay.inbox_aggregate were changed inside the inbox's transaction, by a handler or by a trigger on that table"
 DIED = f"{HandlerError.__name__}: the connection to PostgreSQL broke under the handler, again and again"
 SUSPECTED = (
     f"{HandlerError.__name__}: the connection to PostgreSQL broke when the handler was called with this and others"
@@ -47,7 +48,9 @@ class HandlerFailed(Exception):
 
 
 class CommitFailed(Exception):
-    """The transaction as a whole failed through somebody's effects: a deferred constraint, or a swallowed SQL error."""
+    """The transaction as a whole failed through somebody's effects: a deferred constraint, a swallowed SQL error, a transaction that was
+    ended, cursors that were changed.
+    """
 
     def __init__(self, error: str) -> None:
         super().__init__(error)
@@ -113,7 +116,9 @@ def described(exc: BaseException) -> str:
 def loggable(error: str) -> str:
     """What of a described failure may go to a log: relay's own words, else only the class. The rest may be a payload."""
     return (
-        error if error in (ENDED, ABORTED, DIED, SUSPECTED) or _TOO_LONG.fullmatch(error) else error.partition(":")[0]
+        error
+        if error in (ENDED, ABORTED, MOVED, DIED, SUSPECTED) or _TOO_LONG.fullmatch(error)
+        else error.partition(":")[0]
     )
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import asyncpg
 
 from relay.inbox import storable
-from relay.inbox.failures import CommitFailed
+from relay.inbox.failures import MOVED, CommitFailed
 from relay.inbox.sequencer import Arrival, Cursor, Key, Reason
 from relay.message import TOMBSTONE, Delivery, Event
 from relay.postgres import arrays
@@ -258,7 +258,7 @@ class Store:
     async def write_cursors(self, cursors: Mapping[Key, Cursor], *, look: bool) -> list[Key]:
         """Write cursors that were locked by this Store. `look`: if anything is held of some, write none, and return those.
 
-        Raises CommitFailed when somebody has moved their rows although they are locked: that can only be a handler, or a trigger.
+        Raises CommitFailed when their rows are not where they were locked: a handler, or a trigger, has changed them.
         """
         if not cursors:
             return []
@@ -276,9 +276,7 @@ class Store:
             raise AssertionError("write_cursors gives one row")
         self.written_in, held, written = row["transaction_id"], row["held"], row["written"]
         if not held and written != len(keys) and self.written_in == self.locked_in:
-            raise CommitFailed(
-                f"HandlerError: {len(keys) - written} of the batch's rows of relay.inbox_aggregate were changed by its handlers, or a trigger"
-            )
+            raise CommitFailed(MOVED)
         return [keys[place - 1] for place in held]
 
     async def delete_held_through(

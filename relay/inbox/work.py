@@ -14,7 +14,7 @@ from relay.inbox import gaps
 from relay.inbox.beside import Beside
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
-from relay.inbox.failures import DIED, CommitFailed, loggable
+from relay.inbox.failures import DIED, ENDED, CommitFailed, loggable
 from relay.inbox.handlers import Inbox
 from relay.inbox.handling import Handling
 from relay.inbox.sequencer import (
@@ -193,7 +193,7 @@ class Work:
         await self._heed(batch.controls)
         reached(Point.WRITTEN)
         if (self._store.written_in or await self._store.transaction_id()) != transaction:
-            raise CommitFailed("HandlerError: a handler ended the inbox's transaction")
+            raise CommitFailed(ENDED)
         return self._tally.stats()
 
     def committed(self) -> None:

@@ -185,8 +185,9 @@ FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 -- name: write_cursors
 -- Unless anything is held of them, if that is to be looked for: then nothing is written, and the places are returned that lines_with_held
 -- would; the usual batch finds none, and is spared a round trip for the look. And how many were written, and the transaction we are in.
--- By where the rows are, which nobody can change while they are locked: an upsert by key takes half as long again. Who does
--- change them is in our own transaction, or in a later one that a handler has begun: then fewer are written than were given.
+-- By where the rows are, which no other transaction can change while they are locked: an upsert by key takes half as long again. Our own
+-- can: of rows that a handler or a trigger has updated or deleted, fewer are written than were given. (A handler that owns the table and
+-- rewrites it, by CLUSTER for instance, is not noticed. Whether it is still the transaction that locked them, the caller compares.)
 -- Whether to look: $1 to $5 as in lock_cursors, or no aggregates. To write: $6 the rows (a tid[] as text), $7 last seqs (a bigint[] as
 -- text), $8 last digests (a bytea[] as text), $9 the places of those that are blocked (bigint[])
 WITH held AS MATERIALIZED (

@@ -89,7 +89,7 @@ async def test_who_waited_for_one_that_was_being_created_writes_it_all_the_same(
 async def test_a_row_that_is_changed_by_its_own_transaction_takes_everything_back(database: str) -> None:
     async with session(database) as inbox, connected(database) as db:
         await apply(inbox, *KEYS)
-        with pytest.raises(CommitFailed, match="changed by its handlers"):
+        with pytest.raises(CommitFailed, match="were changed inside"):
             await apply(inbox, *KEYS, handler="UPDATE relay.inbox_aggregate SET last_seq = 7 WHERE aggregate_id = '2'")
         assert await numbers(db) == [1, 1, 1]
 

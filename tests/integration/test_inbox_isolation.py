@@ -21,6 +21,7 @@ from relay.errors import PostgresUnavailable
 from relay.inbox import Event, Inbox, Stats, apply, consumer, pace, storable, store
 from relay.inbox.apply import Applier
 from relay.inbox.database import Database
+from relay.inbox.failures import MOVED
 from relay.inbox.sequencer import Arrival
 from relay.inbox.store import Stranger
 from relay.inbox.work import Batch, Rules
@@ -360,6 +361,31 @@ async def test_a_commit_that_collides_for_ever_is_charged_to_its_message(state: 
         assert await b.held() == [("bad", 1, "failed", "stuck"), ("bad", 2, "behind", "waiting")]
 
 
+@pytest.mark.parametrize(
+    "statement", ["UPDATE relay.inbox_aggregate SET blocked = blocked", "DELETE FROM relay.inbox_aggregate"]
+)
+async def test_a_handler_that_writes_its_cursor_is_held_with_the_reason_and_takes_nobody_with_it(
+    statement: str, database: str
+) -> None:
+    inbox = recording()
+
+    @inbox.on("W")
+    async def write(event: Event, tx: Connection) -> None:
+        await record(event, tx)
+        await tx.execute(f"{statement} WHERE aggregate_id = $1", event.aggregate_id)
+
+    async with bench(database, inbox, max_attempts=1) as b:
+        await b.apply(b.arrival(1, "a"), b.arrival(1, "bad"))
+        with capture_logs() as logs:
+            await b.apply(
+                b.arrival(2, "a"), b.arrival(2, "bad", event_type="W"), b.arrival(3, "bad"), b.arrival(3, "a")
+            )
+        assert await b.effects() == [("a", 1), ("bad", 1), ("a", 2), ("a", 3)]
+        assert await b.held() == [("bad", 2, "failed", "stuck"), ("bad", 3, "behind", "waiting")]
+        assert await b.db.fetchval("SELECT error FROM relay.inbox_held WHERE seq = 2") == MOVED
+        assert {line["error"] for line in logs if "error" in line} == {MOVED}
+
+
 async def test_a_handler_may_wait_longer_than_the_servers_time_outs_for_idle_transactions(
     database: str, broker: str
 ) -> None:
@@ -390,9 +416,9 @@ async def test_a_commit_that_strangers_alone_make_fail_ends_the_session_after_th
     )
     async with bench(database) as b:
         await b.db.execute(FAIL_AT_COMMIT.format(state="23514", table="relay.inbox_quarantine", when=""))
-        with pytest.raises(PostgresUnavailable, match="COMMIT fails without any handler's doing"):
+        with pytest.raises(PostgresUnavailable, match="a transaction fails without any handler's doing"):
             await b.apply(strangers=[stranger])
-        with pytest.raises(PostgresUnavailable, match="COMMIT fails without any handler's doing"):
+        with pytest.raises(PostgresUnavailable, match="a transaction fails without any handler's doing"):
             await b.apply(b.arrival(1), b.arrival(2), strangers=[stranger])
         assert await b.effects() == [("1", 1), ("1", 2)]
 

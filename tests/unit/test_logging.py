@@ -12,7 +12,7 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relay.inbox.failures import ABORTED, ENDED, described, loggable, too_long
+from relay.inbox.failures import ABORTED, ENDED, MOVED, described, loggable, too_long
 from relay.log import configure_logging, printable
 from relay.settings import DaemonSettings
 
@@ -135,6 +135,6 @@ def test_what_a_handler_says_goes_into_the_table_and_not_into_the_log(exc: Excep
     assert loggable(described(exc)) == log
 
 
-@pytest.mark.parametrize("error", [ENDED, ABORTED, too_long(30), too_long(0.3), too_long(1e9)])
+@pytest.mark.parametrize("error", [ENDED, ABORTED, MOVED, too_long(30), too_long(0.3), too_long(1e9)])
 def test_what_relay_says_about_a_handler_goes_into_both(error: str) -> None:
     assert loggable(error) == error

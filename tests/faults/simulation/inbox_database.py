@@ -155,7 +155,7 @@ class InboxDatabase(Server):
         return found
 
     def _tid(self, key: Key) -> str:
-        """Where its row is. It stays there: who has not locked it overwrites what another one wrote, as an UPDATE that waited does."""
+        """Where its row is. It stays there: who has not locked it overwrites what another one wrote. Servers of today would write nothing."""
         return self._tids.setdefault(key, f"(0,{len(self._tids) + 1})")
 
     async def _create_cursors(self, session: Session, _consumer: str, *columns: Any) -> list[tuple[str, ...]]:
