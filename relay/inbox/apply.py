@@ -11,11 +11,11 @@ import structlog
 from relay.errors import PostgresError, PostgresUnavailable
 from relay.failpoints import Point, reached
 from relay.inbox import store, stored
-from relay.inbox.beside import Beside
 from relay.inbox.charges import Charges, Suspects
 from relay.inbox.database import Database
 from relay.inbox.failures import Collision, CommitFailed, HandlerFailed, loggable
 from relay.inbox.narrowing import Narrowing
+from relay.inbox.overlap import Overlap
 from relay.inbox.pace import Pace
 from relay.inbox.sequencer import Arrival, Key
 from relay.inbox.stats import Stats
@@ -44,10 +44,10 @@ class Applier:
     """
 
     def __init__(
-        self, database: Database, rules: Rules, suspects: Suspects | None = None, beside: Beside | None = None
+        self, database: Database, rules: Rules, suspects: Suspects | None = None, overlap: Overlap | None = None
     ) -> None:
         self._database = database
-        self._beside = beside or Beside()
+        self._overlap = overlap or Overlap()
         self._rules = rules
         self._suspects = Suspects() if suspects is None else suspects
         self._swept: Key | None = None
@@ -226,7 +226,7 @@ class Applier:
                     follow=follow,
                     given_up=given_up,
                     patiently=self._database.patiently,
-                    beside=self._beside,
+                    overlap=self._overlap,
                 )
                 stats = await work.run(batch)
         except PostgresError:

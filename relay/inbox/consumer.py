@@ -16,13 +16,13 @@ from relay.errors import PostgresError, PostgresUnavailable, RelayError, Unreada
 from relay.failpoints import Point, reached
 from relay.inbox.appliers import Appliers
 from relay.inbox.apply import Applier
-from relay.inbox.beside import Beside
 from relay.inbox.charges import Suspects
 from relay.inbox.database import Database
 from relay.inbox.figures import Figures
 from relay.inbox.handlers import Inbox
 from relay.inbox.healing import Healing
 from relay.inbox.intake import Intake, Taken
+from relay.inbox.overlap import Overlap
 from relay.inbox.pace import Pace
 from relay.inbox.start import Start
 from relay.inbox.stats import Stats
@@ -91,7 +91,7 @@ class _Daemon:
             settings, consumer=self._rules.consumer, queue=self._queue.name, policy=self._rules.policy
         )
         self._suspects = Suspects()
-        self._beside = Beside()
+        self._overlap = Overlap()
         self._careful = 0  # messages still to be received one at a time, see _consume
 
     async def look(self) -> None:
@@ -132,7 +132,7 @@ class _Daemon:
 
     def _applier(self, databases: Sequence[Database]) -> Applier | Appliers:
         """One for each database; what is known against messages is known to all of them."""
-        appliers = [Applier(database, self._rules, self._suspects, self._beside) for database in databases]
+        appliers = [Applier(database, self._rules, self._suspects, self._overlap) for database in databases]
         return appliers[0] if len(appliers) == 1 else Appliers(appliers, self._rules)
 
     async def _consume(self, databases: Sequence[Database], applier: Applier | Appliers) -> None:
@@ -146,7 +146,7 @@ class _Daemon:
         try:
             async with self._consumer(prefetch) as consumer:
                 log.info("inbox_started", consumer=self._rules.consumer, queue=self._queue.name, prefetch=prefetch)
-                intake = Intake(consumer, ahead=_AHEAD * self._settings.inbox.most_in_batch, beside=self._beside)
+                intake = Intake(consumer, ahead=_AHEAD * self._settings.inbox.most_in_batch, overlap=self._overlap)
                 loop = _Loop(
                     self._settings, consumer, intake, databases, applier, self._figures, self.stop, self._count, limit
                 )

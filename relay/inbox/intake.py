@@ -16,7 +16,7 @@ import structlog
 
 from relay.control import Control, is_control, to_control
 from relay.errors import BrokerUnavailable
-from relay.inbox.beside import Beside
+from relay.inbox.overlap import Overlap
 from relay.inbox.sequencer import Arrival
 from relay.inbox.store import Stranger
 from relay.inbox.work import Batch
@@ -55,10 +55,10 @@ class _Other(NamedTuple):
 class Intake:
     """The deliveries of one consumer's session, in the broker's order."""
 
-    def __init__(self, consumer: Consumer, *, ahead: int, beside: Beside | None = None) -> None:
+    def __init__(self, consumer: Consumer, *, ahead: int, overlap: Overlap | None = None) -> None:
         self._consumer = consumer
         self._ahead = ahead
-        self._beside = beside or Beside()
+        self._overlap = overlap or Overlap()
         self._ready: deque[Arrival | _Other] = deque()
         self._bytes = 0  # of their bodies
         self._changed = asyncio.Event()  # something is ready, or the session has ended
@@ -75,7 +75,7 @@ class Intake:
         """
         task = asyncio.create_task(self._run())
         try:
-            with self._beside.stepping(self._one):
+            with self._overlap.stepping(self._one):
                 yield self
         finally:
             await ended(task)
@@ -131,8 +131,8 @@ class Intake:
 
     async def _others_turn(self) -> None:
         """A consumer that has more does not wait, and between calls of handlers it is `_one` that goes on."""
-        if self._beside.rests:
-            await self._beside.rested()
+        if self._overlap.rests:
+            await self._overlap.rested()
         else:
             await asyncio.sleep(0)
 

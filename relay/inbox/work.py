@@ -11,12 +11,12 @@ import structlog
 from relay.control import Control, Gone, Marks
 from relay.failpoints import Point, reached
 from relay.inbox import gaps
-from relay.inbox.beside import Beside
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import DIED, ENDED, CommitFailed, loggable
 from relay.inbox.handlers import Inbox
 from relay.inbox.handling import Handling
+from relay.inbox.overlap import Overlap
 from relay.inbox.sequencer import (
     Arrival,
     Cursor,
@@ -139,14 +139,14 @@ class Work:
         follow: int = FOLLOW_LIMIT,
         given_up: Sequence[int] = (),
         patiently: Patiently | None = None,
-        beside: Beside | None = None,
+        overlap: Overlap | None = None,
     ) -> None:
         self._connection = connection
         self._rules = rules
         self._charges = charges
         self._follow_left = follow
         self._given_up = given_up
-        self._beside = beside or Beside()
+        self._overlap = overlap or Overlap()
         self._clock = asyncio.get_running_loop().time
         self._store = Store(
             connection,
@@ -233,7 +233,7 @@ class Work:
     ) -> None:
         """Apply all of it, in this order: a failure ends the transaction, so there is nothing to settle."""
         if not self._handling.postpone_all(placed):
-            with self._beside.calls():
+            with self._overlap.calls():
                 for key, arrival in placed:
                     if not self._handling.postpone(key, arrival):
                         await self._succeeds(arrival)
@@ -267,7 +267,7 @@ class Work:
     async def _take(self, placed: Sequence[Placed]) -> None:
         """Take arrivals in this order, and apply what can be applied. Awaits nothing for an event that is postponed."""
         postpone = self._handling.postpone
-        with self._beside.calls():
+        with self._overlap.calls():
             for key, arrival in self._applicable(placed):
                 succeeds = postpone(key, arrival) or await self._succeeds(arrival)
                 if key is None:
@@ -301,7 +301,7 @@ class Work:
 
     def _succeeds(self, arrival: Arrival) -> Awaitable[bool]:
         """Apply one event, or store it. False: its handler failed, and its effects are rolled back."""
-        self._beside.begins()
+        self._overlap.begins()
         if self._stored is None or arrival.event.is_tombstone:
             return self._handling.succeeds(arrival)
         return self._is_stored(self._stored, arrival)

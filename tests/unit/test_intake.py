@@ -12,8 +12,8 @@ import pytest
 from relay.control import Gone, Mark, Marks, Range, gone_message, marks_message
 from relay.errors import BrokerUnavailable
 from relay.inbox import intake
-from relay.inbox.beside import Beside
 from relay.inbox.intake import Intake
+from relay.inbox.overlap import Overlap
 from relay.inbox.sequencer import Arrival
 from relay.message import Delivery, Row, to_event, to_message
 from relay.rabbitmq import subscription
@@ -173,28 +173,28 @@ async def test_nothing_is_received_after_the_end() -> None:
         await ready.wait()
 
 
-async def one_call(beside: Beside) -> None:
-    beside.begins()
+async def one_call(overlap: Overlap) -> None:
+    overlap.begins()
     await asyncio.sleep(0)
 
 
 async def test_while_handlers_are_called_one_by_one_each_call_brings_one_and_the_portions_rest() -> None:
-    broker, beside = Broker([event(1)]), Beside()
-    async with Intake(broker, ahead=10, beside=beside).running() as ready:
+    broker, overlap = Broker([event(1)]), Overlap()
+    async with Intake(broker, ahead=10, overlap=overlap).running() as ready:
         await ready.wait()
         assert ready.take(1).tag == 1
         await all_idle()
-        with beside.calls():
+        with overlap.calls():
             broker.waiting += [event(tag) for tag in range(2, 8)]  # unannounced: the intake waits for the first of them
-            await one_call(beside)
-            await one_call(beside)
+            await one_call(overlap)
+            await one_call(overlap)
             assert [delivery.tag for delivery in broker.waiting] == [4, 5, 6, 7]
             broker.more.set()
             await all_idle()  # now it has seen the rest, and rests itself
             broker.deliver(event(8), event(9))
             await all_idle()
             assert [delivery.tag for delivery in broker.waiting] == [8, 9]
-            await one_call(beside)
+            await one_call(overlap)
             assert [delivery.tag for delivery in broker.waiting] == [9]
         await all_idle()
         assert [a.tag for a in ready.take(10).batch.arrivals] == [2, 3, 4, 5, 6, 7, 8, 9]
@@ -203,13 +203,13 @@ async def test_while_handlers_are_called_one_by_one_each_call_brings_one_and_the
 async def test_steps_keep_to_what_was_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "BATCH_BYTES", 100)
     for body, fits in (b"{}", 4), (b"x" * 60, 2):
-        broker, beside = Broker([]), Beside()
-        async with Intake(broker, ahead=4, beside=beside).running() as ready:
+        broker, overlap = Broker([]), Overlap()
+        async with Intake(broker, ahead=4, overlap=overlap).running() as ready:
             await all_idle()
             broker.waiting += [event(tag, body=body) for tag in range(1, 11)]
-            with beside.calls():
+            with overlap.calls():
                 for _ in range(10):
-                    await one_call(beside)
+                    await one_call(overlap)
             assert len(broker.waiting) == 10 - fits
             await ready.wait()
             assert ready.take(10).received == fits
@@ -219,7 +219,7 @@ async def test_what_a_step_fails_with_ends_the_session_and_nothing_after_it_is_h
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An acknowledgement covers all before it: of what is lost here, too."""
-    broker, beside = Broker([event(1)]), Beside()
+    broker, overlap = Broker([event(1)]), Overlap()
 
     def understood(delivery: Delivery) -> Arrival:
         if delivery.tag == 2:
@@ -227,11 +227,11 @@ async def test_what_a_step_fails_with_ends_the_session_and_nothing_after_it_is_h
         return Arrival(to_event(delivery), delivery.tag)
 
     monkeypatch.setattr(intake, "_understood", understood)
-    async with Intake(broker, ahead=10, beside=beside).running() as ready:
+    async with Intake(broker, ahead=10, overlap=overlap).running() as ready:
         await all_idle()
-        with beside.calls():
+        with overlap.calls():
             broker.waiting.append(event(2))
-            await one_call(beside)
+            await one_call(overlap)
             broker.deliver(event(3))
         await all_idle()
         with pytest.raises(ZeroDivisionError):
@@ -240,12 +240,12 @@ async def test_what_a_step_fails_with_ends_the_session_and_nothing_after_it_is_h
 
 
 async def test_the_end_of_the_session_between_calls_is_told_when_they_are_over() -> None:
-    broker, beside = Broker([event(1)]), Beside()
-    async with Intake(broker, ahead=10, beside=beside).running() as ready:
+    broker, overlap = Broker([event(1)]), Overlap()
+    async with Intake(broker, ahead=10, overlap=overlap).running() as ready:
         await ready.wait()
-        with beside.calls():
+        with overlap.calls():
             broker.end()
-            await one_call(beside)
+            await one_call(overlap)
         await all_idle()
         with pytest.raises(BrokerUnavailable, match="cut"):
             await ready.wait()

@@ -6,29 +6,29 @@ import asyncio
 from contextvars import ContextVar
 from itertools import pairwise
 
-from relay.inbox.beside import Beside
+from relay.inbox.overlap import Overlap
 
 
 async def test_a_step_is_done_while_the_handler_waits_and_not_before() -> None:
-    beside, happened = Beside(), list[str]()
+    overlap, happened = Overlap(), list[str]()
 
     async def handler() -> None:
         happened.append("sent")
         await asyncio.sleep(0)
         happened.append("answered")
 
-    with beside.stepping(lambda: happened.append("step")), beside.calls():
+    with overlap.stepping(lambda: happened.append("step")), overlap.calls():
         for _ in range(2):
-            beside.begins()
+            overlap.begins()
             await handler()
     assert happened == ["sent", "step", "answered", "sent", "step", "answered"]
 
 
 async def test_handlers_that_did_not_wait_get_their_steps_when_one_does_a_few_in_each_turn_of_the_loop() -> None:
-    beside, steps = Beside(), list[int]()
-    with beside.stepping(lambda: steps.append(1)), beside.calls():
+    overlap, steps = Overlap(), list[int]()
+    with overlap.stepping(lambda: steps.append(1)), overlap.calls():
         for _ in range(100):
-            beside.begins()
+            overlap.begins()
         done = [0]
         while done[-1] < 100:
             await asyncio.sleep(0)
@@ -39,69 +39,69 @@ async def test_handlers_that_did_not_wait_get_their_steps_when_one_does_a_few_in
 
 
 async def test_what_is_left_when_the_calls_are_over_is_for_the_portions() -> None:
-    beside, steps = Beside(), list[int]()
-    with beside.stepping(lambda: steps.append(1)):
-        with beside.calls():
+    overlap, steps = Overlap(), list[int]()
+    with overlap.stepping(lambda: steps.append(1)):
+        with overlap.calls():
             for _ in range(100):
-                beside.begins()
+                overlap.begins()
         for _ in range(20):
             await asyncio.sleep(0)
         assert steps == []
-        with beside.calls():
-            beside.begins()
+        with overlap.calls():
+            overlap.begins()
             await asyncio.sleep(0)
         assert steps == [1]
 
 
 async def test_a_step_does_not_see_what_a_handler_has_bound_in_its_context() -> None:
     bound = ContextVar("bound", default="nothing")
-    beside, seen = Beside(), list[str]()
-    with beside.stepping(lambda: seen.append(bound.get())), beside.calls():
+    overlap, seen = Overlap(), list[str]()
+    with overlap.stepping(lambda: seen.append(bound.get())), overlap.calls():
         bound.set("by a handler")
-        beside.begins()
+        overlap.begins()
         await asyncio.sleep(0)
     assert seen == ["nothing"]
 
 
 async def test_appliers_at_the_same_time_get_a_step_for_each_of_their_calls() -> None:
-    beside, steps = Beside(), list[int]()
+    overlap, steps = Overlap(), list[int]()
 
     async def applier() -> None:
-        with beside.calls():
+        with overlap.calls():
             for _ in range(5):
-                beside.begins()
+                overlap.begins()
                 await asyncio.sleep(0)
 
-    with beside.stepping(lambda: steps.append(1)):
+    with overlap.stepping(lambda: steps.append(1)):
         await asyncio.gather(*(applier() for _ in range(3)))
     assert len(steps) == 15
 
 
 async def test_the_portions_rest_until_the_last_of_several_has_called_its_handlers() -> None:
-    beside, rests = Beside(), list[bool]()
-    rests.append(beside.rests)
-    await beside.rested()
-    with beside.calls():
-        with beside.calls():
-            rests.append(beside.rests)
-        rests.append(beside.rests)
-        waiting = asyncio.create_task(beside.rested())
+    overlap, rests = Overlap(), list[bool]()
+    rests.append(overlap.rests)
+    await overlap.rested()
+    with overlap.calls():
+        with overlap.calls():
+            rests.append(overlap.rests)
+        rests.append(overlap.rests)
+        waiting = asyncio.create_task(overlap.rested())
         await asyncio.sleep(0)
         assert not waiting.done()
     await waiting
-    rests.append(beside.rests)
+    rests.append(overlap.rests)
     assert rests == [False, True, True, False]
 
 
 async def test_nothing_is_done_once_the_intake_has_ended() -> None:
-    beside, steps = Beside(), list[int]()
-    with beside.stepping(lambda: steps.append(1)):
-        beside.begins()
+    overlap, steps = Overlap(), list[int]()
+    with overlap.stepping(lambda: steps.append(1)):
+        overlap.begins()
     await asyncio.sleep(0)
-    beside.begins()
+    overlap.begins()
     await asyncio.sleep(0)
     assert steps == []
-    with beside.stepping(lambda: steps.append(1)):  # the next session's
-        beside.begins()
+    with overlap.stepping(lambda: steps.append(1)):  # the next session's
+        overlap.begins()
         await asyncio.sleep(0)
     assert steps == [1]

@@ -15,7 +15,7 @@ _MOST = 8
 hundredth of a millisecond, a message of a megabyte a whole one. What is left over has the next turn."""
 
 
-class Beside:
+class Overlap:
     """Between those who call handlers one by one and the intake. Without an intake nothing is done.
 
     The intake begins none of its own portions meanwhile: see `rests` and `rested`. All of it is for one event loop.
