@@ -62,7 +62,7 @@ CONTENDERS = (
         safety="at least once: effects are outside the runner's transaction; failed after 10 attempts",
         packages=PACTIX,
         driver="pactix_inbox.py",
-        most=10_000,
+        most=50_000,
     ),
 )
 
