@@ -44,7 +44,7 @@ class Contender:
     environment: Mapping[str, str] = field(default_factory=dict)
     fill: str = ""  # outbox: SQL with $1 events, $2 aggregates, $3 bytes
     ends: bool = False  # by itself, when nothing is left
-    most: int | None = None  # events it is given at most, because it is slow or does not get further; None: as many as are asked for
+    most: int | None = None  # events that it is given at most; None: as many as are asked for
 
     @property
     def ours(self) -> bool:
