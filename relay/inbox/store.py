@@ -116,8 +116,6 @@ class Due:
 Columns = tuple[list[str], list[str], str, list[int]]
 """Keys as `columns` makes them."""
 
-_NO_KEYS: Columns = ([], [], "{}", [])
-
 Patiently = Callable[[Awaitable[list[asyncpg.Record]]], Awaitable[list[asyncpg.Record]]]
 """How a statement that waits for locks is waited for: `relay.inbox.database.Database.patiently`."""
 
@@ -145,7 +143,7 @@ class Store:
         self._consumer = consumer
         self._lock_timeout_s = lock_timeout_s
         self._patiently = patiently
-        self._told: tuple[list[Key], Columns] = ([], _NO_KEYS)  # the last keys: mostly they come again
+        self._told: tuple[list[Key], Columns] = ([], columns([]))  # the last keys: mostly they come again
         self._tids: dict[Key, str] = {}  # where the rows of the cursors are that were locked
         self.locked_in: str | None = None  # the transaction in which cursors were locked; None: none were
         self.written_in: str | None = None  # in which they were written
@@ -266,11 +264,12 @@ class Store:
         row = await self._connection.fetchrow(
             query("write_cursors"),
             self._consumer,
-            *(self._columns(keys) if look else _NO_KEYS),
+            *self._columns(keys),
             arrays.texts([self._tids[key] for key in keys]),
             arrays.numbers([c.last_seq for c in values]),
             arrays.octets([c.last_digest for c in values]),
             [place for place, c in enumerate(values, start=1) if c.blocked],
+            look,
         )
         if row is None:
             raise AssertionError("write_cursors gives one row")

@@ -186,10 +186,10 @@ FROM relay.inbox_held WHERE consumer = $1 AND state = 'retrying'
 -- Unless anything is held of them, if that is to be looked for: then nothing is written, and the places are returned that lines_with_held
 -- would; the usual batch finds none, and is spared a round trip for the look. And how many were written, and the transaction we are in.
 -- By where the rows are, which no other transaction can change while they are locked: an upsert by key takes half as long again. Our own
--- can: of rows that a handler or a trigger has updated or deleted, fewer are written than were given. (A handler that owns the table and
--- rewrites it, by CLUSTER for instance, is not noticed. Whether it is still the transaction that locked them, the caller compares.)
--- Whether to look: $1 to $5 as in lock_cursors, or no aggregates. To write: $6 the rows (a tid[] as text), $7 last seqs (a bigint[] as
--- text), $8 last digests (a bytea[] as text), $9 the places of those that are blocked (bigint[])
+-- can: a row that a handler or a trigger has moved, or whose place is another aggregate's now, is not written. (Whether it is still the
+-- transaction that locked them, the caller compares.)
+-- $1 to $5 as in lock_cursors, $6 their rows (a tid[] as text), $7 last seqs (a bigint[] as text), $8 last digests (a bytea[] as text),
+-- $9 the places of those that are blocked (bigint[]), $10 whether to look for what is held
 WITH held AS MATERIALIZED (
   SELECT k.place
   FROM unnest((SELECT $4::text)::text[], $5::integer[]) WITH ORDINALITY AS k (aggregate_id, pair, place)
@@ -199,11 +199,14 @@ WITH held AS MATERIALIZED (
       AND h.source = ($2::text[])[coalesce(k.pair, 1)] AND h.consumer = $1 AND h.seq IS NOT NULL
     LIMIT 1
   ) AS any_held
+  WHERE $10::boolean
 ), written AS (
   UPDATE relay.inbox_aggregate a
   SET last_seq = c.last_seq, last_digest = c.last_digest, blocked = c.place = ANY ($9::bigint[])
-  FROM unnest((SELECT $6::text)::tid[], $7::text::bigint[], $8::text::bytea[]) WITH ORDINALITY AS c (tid, last_seq, last_digest, place)
-  WHERE a.ctid = c.tid AND NOT EXISTS (SELECT FROM held)
+  FROM unnest((SELECT $6::text)::tid[], $4::text::text[], $5::integer[], $7::text::bigint[], $8::text::bytea[]) WITH ORDINALITY
+    AS c (tid, aggregate_id, pair, last_seq, last_digest, place)
+  WHERE a.ctid = c.tid AND a.aggregate_id = c.aggregate_id AND a.aggregate_type = ($3::text[])[coalesce(c.pair, 1)]
+    AND a.source = ($2::text[])[coalesce(c.pair, 1)] AND a.consumer = $1 AND NOT EXISTS (SELECT FROM held)
   RETURNING 1
 )
 SELECT pg_current_xact_id()::text AS transaction_id, ARRAY(SELECT place FROM held) AS held, (SELECT count(*) FROM written) AS written

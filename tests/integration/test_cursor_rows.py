@@ -94,6 +94,17 @@ async def test_a_row_that_is_changed_by_its_own_transaction_takes_everything_bac
         assert await numbers(db) == [1, 1, 1]
 
 
+async def test_a_row_whose_place_is_another_aggregates_now_is_not_written(database: str) -> None:
+    async with session(database) as inbox, connected(database) as db:
+        await db.execute(
+            "INSERT INTO relay.inbox_aggregate (consumer, source, aggregate_type, aggregate_id, last_seq)"
+            " VALUES ('billing', 'shop', 'order', '2', 1), ('billing', 'shop', 'order', '1', 1)"
+        )
+        with pytest.raises(CommitFailed, match="were changed inside"):
+            await apply(inbox, TWO, handler="CLUSTER relay.inbox_aggregate USING inbox_aggregate_pkey")
+        assert await numbers(db) == [1, 1]
+
+
 async def _waits(db: Connection) -> bool:
     found = await db.fetchval(
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name LIKE 'test inbox%'"

@@ -39,7 +39,7 @@ STATEMENTS: dict[str, tuple[Any, ...]] = {
     "due_held": ("c", 100, 1_000_000),
     "lock_due_held": ("c", SEQS),
     "next_due": ("c",),
-    "write_cursors": ("c", *KEYS, TIDS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), []),
+    "write_cursors": ("c", *KEYS, TIDS, arrays.numbers([2] * 200), arrays.octets([b""] * 200), [], True),
     "delete_held_through": ("c", "s", "t", IDS, SEQS, IDS, SEQS, [b""] * 200, "relay.tombstone"),
     "held_by_id": ("c", SEQS),
     "delete_held": (SEQS,),
@@ -161,7 +161,7 @@ USUAL: dict[str, tuple[Any, ...]] = {
     "create_cursors": ("c", *ONE),
     "lines_with_held": ("c", *ONE),
     "insert_seen": ("c", ["s"], ["1"]),
-    "write_cursors": ("c", *ONE, arrays.texts(["(0,1)"]), arrays.numbers([2]), arrays.octets([b""]), []),
+    "write_cursors": ("c", *ONE, arrays.texts(["(0,1)"]), arrays.numbers([2]), arrays.octets([b""]), [], True),
 }
 
 

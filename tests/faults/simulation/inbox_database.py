@@ -173,8 +173,8 @@ class InboxDatabase(Server):
         return [(place,) for place, key in enumerate(_keys(*columns), start=1) if key in held]
 
     def _write_cursors(self, session: Session, consumer: str, *columns: Any) -> list[dict[str, Any]]:
-        tids, last_seqs, digests, blocked = columns[4:]
-        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])]
+        tids, last_seqs, digests, blocked, look = columns[4:]
+        held = [place for (place,) in self._lines_with_held(session, consumer, *columns[:4])] if look else []
         if held:
             return [{"transaction_id": self._transaction_id(session), "held": held, "written": 0}]
         keys = {tid: key for key, tid in self._tids.items()}
