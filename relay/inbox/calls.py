@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import asyncpg
@@ -67,32 +67,39 @@ class Caller:
             raise
 
     async def call(self, handler: Handler | Grouped, arrivals: Sequence[Arrival]) -> None:
-        """Call a handler within its time: with one event, unless it is Grouped. Raises what `_blamed` finds behind its exception."""
-        self.called = arrivals
-        failure: BaseException | None = None
-        try:
-            with self._deadline:
-                await self._begun(handler, arrivals)
-        except asyncio.CancelledError as exc:
-            if _being_cancelled():
-                raise
-            failure = exc
-        except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
-            failure = exc
-        if self._deadline.expired:
-            raise HandlerFailed(arrivals, too_long(self._timeout_s), ends_transaction=True)
-        if failure is not None:
-            raise await self._blamed(failure, arrivals) from failure
-        if self._connection.is_closed():
-            raise _broken()
-        if not self._connection.is_in_transaction():
-            raise HandlerFailed(arrivals, ENDED, ends_transaction=True)
+        """Call a handler within its time: with one event, unless it is Grouped. Raises what `call_all` does."""
+        await self.call_all(((handler, arrivals),))
 
-    def _begun(self, handler: Handler | Grouped, arrivals: Sequence[Arrival]) -> Awaitable[None]:
-        if isinstance(handler, Grouped):
-            return handler.function([arrival.event for arrival in arrivals], self._connection)
-        (arrival,) = arrivals
-        return handler(arrival.event, self._connection)
+    async def call_all(self, calls: Iterable[tuple[Handler | Grouped, Sequence[Arrival]]]) -> None:
+        """Call handlers one after the other, each within its time: with one event, unless it is Grouped.
+
+        Raises what `_blamed` finds behind the first exception, or HandlerFailed for what a handler did to the transaction; then
+        those after it are not called. One coroutine for all of them: one for each would cost as much as the checks.
+        """
+        connection, deadline = self._connection, self._deadline
+        for handler, arrivals in calls:
+            self.called = arrivals
+            failure: BaseException | None = None
+            try:
+                with deadline:
+                    if isinstance(handler, Grouped):
+                        await handler.function([arrival.event for arrival in arrivals], connection)
+                    else:
+                        await handler(arrivals[0].event, connection)
+            except asyncio.CancelledError as exc:
+                if _being_cancelled():
+                    raise
+                failure = exc
+            except Exception as exc:  # noqa: BLE001 - whatever a handler raises is its failure
+                failure = exc
+            if deadline.expired:
+                raise HandlerFailed(arrivals, too_long(self._timeout_s), ends_transaction=True)
+            if failure is not None:
+                raise await self._blamed(failure, arrivals) from failure
+            if connection.is_closed():
+                raise _broken()
+            if not connection.is_in_transaction():
+                raise HandlerFailed(arrivals, ENDED, ends_transaction=True)
 
     async def _blamed(self, failure: BaseException, arrivals: Sequence[Arrival]) -> Exception:
         """Whose fault it is: of the server only if our own connection has broken, of chance only a few times."""

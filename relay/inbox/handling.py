@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from relay.inbox.calls import Caller
 from relay.inbox.charges import Charges
 from relay.inbox.failures import SUSPECTED, HandlerFailed
-from relay.inbox.handlers import Inbox
+from relay.inbox.handlers import Grouped, Handler, Inbox
 from relay.inbox.plan import Ready, calls
 from relay.inbox.sequencer import Arrival, Key, Placed
 from relay.inbox.stats import Tally
@@ -56,23 +56,42 @@ class Handling:
         """`postpone` for many, if nothing is known against anybody. False: nothing of it is put down."""
         if not self._postpones or self._any_charges:
             return False
-        handler, add, before = self._inbox.handler, self._postponed.append, len(self._postponed)
-        for key, arrival in placed:
-            event = arrival.event
-            if (found := None if event.is_tombstone else handler(event)) is not None:
-                add((found, key, arrival))
-        if skipped := len(placed) - (len(self._postponed) - before):
-            self._tally.add("skipped", skipped)
+        self._postponed += self._ready(placed)
         return True
 
     async def call_postponed(self) -> None:
         """Call the handlers of all that was put down. Raises HandlerFailed for the first call that fails."""
         ready, self._postponed = self._postponed, []
-        for call in calls(ready):
-            await self._caller.call(call.handler, call.arrivals)
+        await self._caller.call_all(calls(ready))
         self._tally.add("applied", len(ready))
         if self._charges.suspects:
             self.cleared += [arrival for _, _, arrival in ready if arrival.message in self._charges.suspects]
+
+    @property
+    def calls_each(self) -> bool:
+        """Whether many events may be given to `call_each`: no batch handlers, nothing known against anybody, no savepoints."""
+        return not (self._inbox.takes_batches or self._any_charges or self._careful)
+
+    async def call_each(self, placed: Sequence[Placed], before: Callable[[], None]) -> None:
+        """Handle one event after the other, in this order, after a call of `before` for each that has a handler.
+
+        Raises HandlerFailed for the first that fails. As `succeeds` for each of them, at half the cost.
+        """
+        ready = self._ready(placed)
+        await self._caller.call_all(_one_by_one(ready, before))
+        self._tally.add("applied", len(ready))
+
+    def _ready(self, placed: Sequence[Placed]) -> list[Ready]:
+        """Those that have a handler, with it. The others are skipped."""
+        handler = self._inbox.handler
+        ready: list[Ready] = []
+        for key, arrival in placed:
+            event = arrival.event
+            if (found := None if event.is_tombstone else handler(event)) is not None:
+                ready.append((found, key, arrival))
+        if skipped := len(placed) - len(ready):
+            self._tally.add("skipped", skipped)
+        return ready
 
     async def succeeds(self, arrival: Arrival) -> bool:
         """Handle one event. False: its handler failed, and its effects are rolled back."""
@@ -105,3 +124,11 @@ class Handling:
         """A suspect that follows out of the table was in no part of the divided batch: its aggregate goes apart, too."""
         if self.follows and arrival.message in self._charges.suspects:
             raise HandlerFailed((arrival,), SUSPECTED)
+
+
+def _one_by_one(
+    ready: Sequence[Ready], before: Callable[[], None]
+) -> Iterator[tuple[Handler | Grouped, Sequence[Arrival]]]:
+    for handler, _, arrival in ready:
+        before()
+        yield handler, (arrival,)

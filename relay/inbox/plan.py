@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from relay.inbox.handlers import Grouped, Handler
 from relay.inbox.sequencer import Arrival, Key
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One call of a handler: with one event, unless it is Grouped."""
 
     handler: Handler | Grouped

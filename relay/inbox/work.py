@@ -234,14 +234,20 @@ class Work:
         """Apply all of it, in this order: a failure ends the transaction, so there is nothing to settle."""
         if not self._handling.postpone_all(placed):
             with self._overlap.calls():
-                for key, arrival in placed:
-                    if not self._handling.postpone(key, arrival):
-                        await self._succeeds(arrival)
+                await self._take_each(placed)
         await self._handling.call_postponed()
         if held := await self._store.write_cursors(after, look=True):
             self._line_up({key: cursors[key] for key in held}, placed)
             await self._follow()
             await self._write_lines(after)  # not sooner: who follows may end the transaction, and commit it
+
+    async def _take_each(self, placed: Sequence[Placed]) -> None:
+        if self._stored is None and self._handling.calls_each:
+            await self._handling.call_each(placed, self._overlap.begins)
+            return
+        for key, arrival in placed:
+            if not self._handling.postpone(key, arrival):
+                await self._succeeds(arrival)
 
     def _line_up(self, cursors: Mapping[Key, Cursor], placed: Sequence[Placed]) -> None:
         """Something is held of these, it turns out: put their lines where they would be, had they taken what is applied."""
