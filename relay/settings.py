@@ -236,13 +236,13 @@ class InboxSettings(_Section):
         default_factory=dict, description="Policy by aggregate type, where it differs from `policy`."
     )
     batch: int = Field(
-        2000,
+        4000,
         ge=1,
         le=20000,
         description="Most messages applied in one transaction, and 32 MiB of bodies; fewer where that would take longer than a second. Of a prefetch that is smaller, half.",
     )
     prefetch: int = Field(
-        6000,
+        8000,
         ge=1,
         le=65535,
         description="Most unacknowledged messages at this consumer: the batch in hand, the next, and what is on its way. Where several consumers share a queue and handlers are slow, fewer leave more to the others. Memory is bounded by 64 MiB of them with rabbitmq.client = fast, by their number alone with stock.",

@@ -28,7 +28,7 @@ _B = TypeVar("_B", bound=BatchHandler)
 
 LIMIT = 1000
 """Most events of one call, unless a batch handler sets its own: with more the round trip of a statement is a small part already,
-and its arrays, its time-out and what has to be taken apart when it fails only grow. The default batch is twice that."""
+and its arrays, its time-out and what has to be taken apart when it fails only grow. The default batch is four times that."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from relay.errors import UnreadableMessage
 from relay.inbox import storable
 from relay.message import Delivery, NotAnEvent, Row, to_event, to_message
 from relay.rabbitmq import fast_consumer, stock_consumer
+from relay.rabbitmq.wire import properties
 from tests.unit.test_wire_properties import some_properties
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -27,7 +28,7 @@ NEW = commands.Basic.Properties
 
 
 def fast(block: bytes, body: bytes | None = b"{}") -> Delivery:
-    return fast_consumer._delivery(WIRE, block, body)
+    return fast_consumer._delivery(WIRE, block, body)[0]
 
 
 def stock(properties: commands.Basic.Properties, body: bytes = b"{}") -> Delivery:
@@ -121,19 +122,59 @@ def tables_in_tables(deep: int) -> bytes:
     return struct.pack(">HI", 0x2000, len(headers)) + headers
 
 
-@pytest.mark.parametrize("block", [b"\0\0", tables_in_tables(1), tables_in_tables(28)], ids=["none", "flat", "deep"])
-def test_a_message_counts_at_least_what_it_takes(block: bytes) -> None:
+def plain_block(headers: dict[str, Any]) -> bytes:
+    """With the properties that a relay's message has, and no tables."""
+    return NEW(
+        content_type="a",
+        headers=headers,
+        delivery_mode=2,
+        message_id="m",
+        timestamp=NOON,
+        message_type="A",
+        app_id="s",
+    ).marshal()
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEF"
+PLAIN: dict[str, dict[str, Any]] = {
+    "a relay's": {
+        "x-aggregate-type": "order",
+        "x-aggregate-id": "order-000123",
+        "x-sequence": 2**40,
+        "x-content-digest": "sha256:" + 64 * "0",
+    },
+    "texts": dict.fromkeys(LETTERS, "ab"),
+    "signs": dict.fromkeys(LETTERS, "αb"),
+    "astral": dict.fromkeys(LETTERS, "💩"),
+    "numbers": dict.fromkeys(LETTERS, 2**62),
+    "long": {"a": 4000 * "a" + "\N{PILE OF POO}"},
+}
+SHAPES = {
+    "none": b"\0\0",
+    "flat": tables_in_tables(1),
+    "deep": tables_in_tables(28),
+    **{name: plain_block(headers) for name, headers in PLAIN.items()},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_message_counts_at_least_what_it_takes(shape: str) -> None:
     """Read or not: what counts is what it will be, 60 kB of properties may be two megabytes."""
-    body = bytes(10_000)
+    body, block = bytes(10_000), SHAPES[shape]
+    if shape in PLAIN:
+        properties._layouts.learn(block)
     fast(block, body)
     gc.collect()
     tracemalloc.start()
     try:
         whole = (bytes(bytearray(WIRE)), bytes(bytearray(block)), bytes(bytearray(body)))
         unread, _ = tracemalloc.get_traced_memory()
-        delivery = fast_consumer._delivery(*whole)
+        delivery, is_plain = fast_consumer._delivery(*whole)
         as_read = tracemalloc.get_traced_memory()[0] - len(block)
     finally:
         tracemalloc.stop()
     assert delivery.fault is None
-    assert max(unread, as_read) <= fast_consumer._size((WIRE, block, body))
+    assert is_plain == (shape in PLAIN)
+    size = fast_consumer._size((WIRE, block, body))
+    assert unread <= size
+    assert as_read <= (fast_consumer._plain_size(size, block) if is_plain else size)

@@ -536,7 +536,7 @@ def test_every_setting_can_be_set_by_its_variable() -> None:
 @pytest.mark.parametrize(
     ("flags", "most"),
     [
-        ({}, 2000),
+        ({}, 4000),
         ({"inbox.batch": 7, "inbox.prefetch": 7}, 7),
         ({"inbox.batch": 3000}, 3000),
         ({"inbox.prefetch": 1999}, 999),
