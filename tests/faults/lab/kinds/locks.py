@@ -1,6 +1,6 @@
 """Somebody else's transactions in relay's way: tables and rows locked, snapshots held, a notification queue that fills up.
 
-A lock has bitten when sessions were seen waiting for it.
+A lock has bitten when sessions were seen waiting for it: so nobody else may have those processes stopped meanwhile.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def cursor_locked(stage: Stage, dice: random.Random) -> int:
     return await _waiting_for(stage.producer, "SELECT FROM relay.outbox_cursor FOR UPDATE", seconds, only="relay ")
 
 
-@fault("inbox's cursors locked", rows=(38,), touches=("consumer-db", "consumer-pg"))
+@fault("inbox's cursors locked", rows=(38,), touches=("consumer", "consumer-db", "consumer-pg"))
 async def inbox_locked(stage: Stage, dice: random.Random) -> int:
     """Longer than the consumers' command timeout, which what looks for gaps has; the pipeline itself waits, however long."""
     seconds = dice.uniform(COMMAND_TIMEOUT_S + 1, COMMAND_TIMEOUT_S + 4)
@@ -78,7 +78,7 @@ async def inbox_locked(stage: Stage, dice: random.Random) -> int:
     )
 
 
-@fault("service's own table locked", rows=(25, 38), touches=("consumer-db", "consumer-pg"))
+@fault("service's own table locked", rows=(25, 38), touches=("consumer", "consumer-db", "consumer-pg"))
 async def service_locked(stage: Stage, dice: random.Random) -> int:
     """Every handler waits for it, all that are called meanwhile take longer than they may, and are held and tried again."""
     return await _waiting_for(
