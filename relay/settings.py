@@ -239,13 +239,13 @@ class InboxSettings(_Section):
         4000,
         ge=1,
         le=20000,
-        description="Most messages applied in one transaction, and 32 MiB of bodies; fewer where that would take longer than a second. Of a prefetch that is smaller, half.",
+        description="Most messages applied in one transaction, and 32 MiB (each counts its body and 4 KiB); fewer where that would take longer than a second. At most half of the prefetch.",
     )
     prefetch: int = Field(
         8000,
         ge=1,
         le=65535,
-        description="Most unacknowledged messages at this consumer: the batch in hand, the next, and what is on its way. Where several consumers share a queue and handlers are slow, fewer leave more to the others. Memory is bounded by 64 MiB of them with rabbitmq.client = fast, by their number alone with stock.",
+        description="Most unacknowledged messages at this consumer: the batch in hand, and the next. Where several consumers share a queue and handlers are slow, fewer leave more to the others. Memory is bounded by 64 MiB of them with rabbitmq.client = fast, by their number alone with stock.",
     )
     appliers: int = Field(
         1,
@@ -306,8 +306,8 @@ class InboxSettings(_Section):
 
     @property
     def most_in_batch(self) -> int:
-        """`batch`, where so many can come; else half of what can, so that the next ones come while these are applied."""
-        return self.batch if self.batch <= self.prefetch else max(1, self.prefetch // 2)
+        """`batch`, or half of the prefetch, so that the next ones come while these are applied."""
+        return min(self.batch, max(1, self.prefetch // 2))
 
 
 class DaemonSettings(_Section):

@@ -45,7 +45,8 @@ _IDLE_RETRY_S = 0.5
 """Least time between two retry passes when the first found nothing to do: somebody else is at it."""
 
 _AHEAD = 2
-"""Batches that are understood while one is at work: with one of them, the processor rested through the end of each transaction."""
+"""Batches that are understood while one is at work, as far as the prefetch lets them come: one of the largest. With one of smaller ones,
+the processor rested through the end of each transaction."""
 
 _PURGE_INTERVAL_S = 60.0
 

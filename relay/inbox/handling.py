@@ -56,7 +56,13 @@ class Handling:
         """`postpone` for many, if nothing is known against anybody. False: nothing of it is put down."""
         if not self._postpones or self._any_charges:
             return False
-        self._postponed += self._ready(placed)
+        handler, add, before = self._inbox.handler, self._postponed.append, len(self._postponed)
+        for key, arrival in placed:
+            event = arrival.event
+            if (found := None if event.is_tombstone else handler(event)) is not None:
+                add((found, key, arrival))
+        if skipped := len(placed) - (len(self._postponed) - before):
+            self._tally.add("skipped", skipped)
         return True
 
     async def call_postponed(self) -> None:
@@ -73,25 +79,26 @@ class Handling:
         return not (self._inbox.takes_batches or self._any_charges or self._careful)
 
     async def call_each(self, placed: Sequence[Placed], before: Callable[[], None]) -> None:
-        """Handle one event after the other, in this order, after a call of `before` for each that has a handler.
+        """Handle one event after the other, in this order, after a call of `before` for each, also those without a handler.
 
         Raises HandlerFailed for the first that fails. As `succeeds` for each of them, at half the cost.
         """
-        ready = self._ready(placed)
-        await self._caller.call_all(_one_by_one(ready, before))
-        self._tally.add("applied", len(ready))
+        await self._caller.call_all(self._one_by_one(placed, before))
 
-    def _ready(self, placed: Sequence[Placed]) -> list[Ready]:
-        """Those that have a handler, with it. The others are skipped."""
-        handler = self._inbox.handler
-        ready: list[Ready] = []
-        for key, arrival in placed:
+    def _one_by_one(
+        self, placed: Sequence[Placed], before: Callable[[], None]
+    ) -> Iterator[tuple[Handler | Grouped, Sequence[Arrival]]]:
+        handler, skipped = self._inbox.handler, 0
+        for _, arrival in placed:
+            before()
             event = arrival.event
-            if (found := None if event.is_tombstone else handler(event)) is not None:
-                ready.append((found, key, arrival))
-        if skipped := len(placed) - len(ready):
+            if (found := None if event.is_tombstone else handler(event)) is None:
+                skipped += 1
+            else:
+                yield found, (arrival,)
+        self._tally.add("applied", len(placed) - skipped)
+        if skipped:
             self._tally.add("skipped", skipped)
-        return ready
 
     async def succeeds(self, arrival: Arrival) -> bool:
         """Handle one event. False: its handler failed, and its effects are rolled back."""
@@ -124,11 +131,3 @@ class Handling:
         """A suspect that follows out of the table was in no part of the divided batch: its aggregate goes apart, too."""
         if self.follows and arrival.message in self._charges.suspects:
             raise HandlerFailed((arrival,), SUSPECTED)
-
-
-def _one_by_one(
-    ready: Sequence[Ready], before: Callable[[], None]
-) -> Iterator[tuple[Handler | Grouped, Sequence[Arrival]]]:
-    for handler, _, arrival in ready:
-        before()
-        yield handler, (arrival,)

@@ -68,7 +68,8 @@ def properties_of_event(event: Event) -> str:
 
 
 def _dumped(value: object) -> str:
-    return json.dumps(_plain(value, 0), ensure_ascii=False, allow_nan=False)
+    """In ASCII: one character of four bytes would make every other one of a long text as wide."""
+    return json.dumps(_plain(value, 0), allow_nan=False)
 
 
 def _plain(value: object, depth: int) -> Any:

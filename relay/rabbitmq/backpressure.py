@@ -14,7 +14,7 @@ HELD_BYTES = 64 * 1024 * 1024
 
 OVERSHOOT_BYTES = 64 * 1024 * 1024
 """And after so much more nothing at all: that is 35 s of a relay's largest messages (16 MiB), 3.5 minutes of 1 MiB, 5 of 64 KiB. Small
-messages count for many times what they take on the wire: twenty seconds, but only with a prefetch of many thousands."""
+messages count for many times what they take on the wire: twenty seconds, with a prefetch of more thousands than the default."""
 
 _EVERY_S = 1.0
 """Time between two times that something is let in."""

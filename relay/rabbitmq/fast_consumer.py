@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
+from sys import getsizeof
 from types import MappingProxyType
+from typing import Any
 
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
@@ -23,7 +26,7 @@ from relay.rabbitmq.subscription import Subscription
 from relay.rabbitmq.transport import SplitTransport
 from relay.rabbitmq.wire.frames import Content, FrameError, Sink
 from relay.rabbitmq.wire.methods import deliver
-from relay.rabbitmq.wire.properties import Malformed, by_layout, read
+from relay.rabbitmq.wire.properties import Malformed, by_layout, step_by_step
 from relay.settings import RabbitmqSettings
 
 MAX_BODY_BYTES = 128 * 1024 * 1024
@@ -34,9 +37,15 @@ _BLOCK_FACTOR = 32
 """Bytes of memory for a byte of a property block, when it has been read: 30.6 in the worst of some twenty shapes of tables in tables
 (CPython 3.11). The usual one takes a sixth of that."""
 
-_PLAIN_FACTOR = 12
-"""The same for one that was read by its layout (see relay.rabbitmq.wire.layouts): 10.4 in the worst of some shapes, 32 headers of two
-signs each. Most messages are such; with the other factor a prefetch of 8000 of them would count for more than HELD_BYTES."""
+_FLAT_FACTOR = 12
+"""The same once it has been read and no tables were in it: for headers that share their names with other messages, at most 32 of them
+(see relay.rabbitmq.wire.layouts), and for the text that is kept in the quarantine, six times at most. 22 headers of one sign each take
+14.7 times, but of so few bytes that _OBJECTS_BYTES has room for the rest. Of headers with names of their own what they take is added up."""
+
+_HEADER_BYTES = 32
+"""Of a header beside its name and its value: their shares of what the allocator rounds up."""
+
+_FLAT = frozenset((str, int, bool, float, type(None)))
 
 _OBJECTS_BYTES = 2048
 """What a message takes beside its body and its properties: its method, its names, the objects that hold them."""
@@ -52,8 +61,8 @@ _Sized = tuple[int, Content]
 class FastConsumer(Subscription[_Sized]):
     """Implements `relay.rabbitmq.contract.Consumer`. One channel on a connection of its own.
 
-    A delivery counts from its last byte until its acknowledgement: its body, 2 KiB, and 32 times its property block, or 12 times once
-    it has been handed out and was one of the usual ones. While that is
+    A delivery counts from its last byte until its acknowledgement: its body, 2 KiB, and 32 times its property block, mostly 12 times
+    once it has been handed out: see `_size_read`. While that is
     more than HELD_BYTES in all, the socket is not read but for a little now and then: see Backpressure for the exact bound.
     """
 
@@ -107,7 +116,7 @@ class FastConsumer(Subscription[_Sized]):
     def _hand_out(self, size: int, content: Content) -> Delivery:
         """Read it, and count it for what it turned out to be. What is not to be handed out at all ends the session. Raises BrokerError."""
         try:
-            delivery, is_plain = _delivery(*content)
+            delivery, has_layout = _delivery(*content)
         except FrameError as exc:
             error = BrokerUnavailable(f"what RabbitMQ sent cannot be followed: {exc}")
             self._end(error)
@@ -115,10 +124,10 @@ class FastConsumer(Subscription[_Sized]):
         except UnreadableMessage as exc:
             self._end(exc)
             raise
-        if is_plain:
-            counted, size = size, _plain_size(size, content[1])
-            self.backpressure.release(counted - size)
-        self._handed_out.append((delivery.tag, size))
+        left = _size_read(size, content[1], delivery.headers, names_are_shared=has_layout)
+        if left < size:
+            self.backpressure.release(size - left)
+        self._handed_out.append((delivery.tag, left))
         return delivery
 
     def _on_data(self, received: int) -> None:
@@ -158,21 +167,29 @@ def _size(content: Content) -> int:
     return (0 if body is None else len(body)) + _BLOCK_FACTOR * len(block) + _OBJECTS_BYTES
 
 
-def _plain_size(size: int, block: bytes) -> int:
-    """Of a message with this `_size`, when its property block has been read and was one of the usual ones."""
-    return size - (_BLOCK_FACTOR - _PLAIN_FACTOR) * len(block)
+def _size_read(size: int, block: bytes, headers: Mapping[str, Any], *, names_are_shared: bool) -> int:
+    """Of a message with this `_size`, now that its properties have been read: less, unless there are tables or octets among them."""
+    now = _FLAT_FACTOR * len(block)
+    if not names_are_shared:
+        if not _FLAT.issuperset(map(type, headers.values())):
+            return size
+        taken = sum(map(getsizeof, headers)) + sum(map(getsizeof, headers.values())) + _HEADER_BYTES * len(headers)
+        now = max(now, getsizeof(headers) + taken)
+    return size - max(0, _BLOCK_FACTOR * len(block) - now)
 
 
 def _delivery(method: bytes, block: bytes, body: bytes | None) -> tuple[Delivery, bool]:
-    """With whether it is one of the usual ones. Total but for what is not to be handed out at all. Raises FrameError and UnreadableMessage."""
+    """With whether it was read by its layout. Total but for what is not to be handed out at all.
+
+    Raises FrameError and UnreadableMessage.
+    """
     tag, redelivered, exchange, routing_key = deliver(method)
     if body is None:
         raise UnreadableMessage(
             f"a message in the queue is larger than {MAX_BODY_BYTES} bytes (routing key {routing_key!r})"
         )
-    plain = by_layout(block)
     try:
-        told = plain or read(block)
+        told = (known := by_layout(block)) or step_by_step(block)
     except Malformed as exc:
         unread = MappingProxyType({"unread": block})
         return Delivery(
@@ -196,4 +213,4 @@ def _delivery(method: bytes, block: bytes, body: bytes | None) -> tuple[Delivery
             None,
         )
     )
-    return delivery, plain is not None
+    return delivery, known is not None

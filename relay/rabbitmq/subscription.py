@@ -16,7 +16,7 @@ ACK_TIMEOUT_S = 10.0
 """Longest wait for room in aiormq's write queue; a broker that takes nothing for so long has ended the session."""
 
 BATCH_BYTES = 32 * 1024 * 1024
-"""Most bytes that `receive` hands out at once, and of bodies that are put into one transaction (the first message always fits): they
+"""Most bytes that `receive` hands out at once, and that are put into one transaction (the first message always fits): they
 are copied several times on their way. Half of what a fast consumer holds: while one batch is applied, the next is received."""
 
 T = TypeVar("T")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import random
 import struct
 import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,9 +19,13 @@ from pamqp import commands, header
 
 from relay.errors import UnreadableMessage
 from relay.inbox import storable
+from relay.inbox.store import Stranger
 from relay.message import Delivery, NotAnEvent, Row, to_event, to_message
 from relay.rabbitmq import fast_consumer, stock_consumer
+from relay.rabbitmq.fast_consumer import FastConsumer
+from relay.rabbitmq.queues import InboxQueue
 from relay.rabbitmq.wire import properties
+from tests.harness.stub_broker import StubBroker, stub_broker
 from tests.unit.test_wire_properties import some_properties
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -147,34 +154,93 @@ PLAIN: dict[str, dict[str, Any]] = {
     "signs": dict.fromkeys(LETTERS, "αb"),
     "astral": dict.fromkeys(LETTERS, "💩"),
     "numbers": dict.fromkeys(LETTERS, 2**62),
+    "control": {"a": 10_000 * "\x01" + "\N{PILE OF POO}"},
     "long": {"a": 4000 * "a" + "\N{PILE OF POO}"},
 }
 SHAPES = {
     "none": b"\0\0",
     "flat": tables_in_tables(1),
     "deep": tables_in_tables(28),
+    "no layout": NEW(headers={f"{name}{more}": "ab" for name in LETTERS for more in LETTERS}).marshal(),
     **{name: plain_block(headers) for name, headers in PLAIN.items()},
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_message_counts_at_least_what_it_takes(shape: str) -> None:
-    """Read or not: what counts is what it will be, 60 kB of properties may be two megabytes."""
+    """Read or not, and on its way into the quarantine: what counts is what it will be, 60 kB of properties may be two megabytes."""
     body, block = bytes(10_000), SHAPES[shape]
     if shape in PLAIN:
         properties._layouts.learn(block)
-    fast(block, body)
+    Stranger.of_delivery(fast(block, body), "foreign", "")
     gc.collect()
     tracemalloc.start()
     try:
         whole = (bytes(bytearray(WIRE)), bytes(bytearray(block)), bytes(bytearray(body)))
         unread, _ = tracemalloc.get_traced_memory()
-        delivery, is_plain = fast_consumer._delivery(*whole)
+        delivery, has_layout = fast_consumer._delivery(*whole)
         as_read = tracemalloc.get_traced_memory()[0] - len(block)
+        size = fast_consumer._size((WIRE, block, body))
+        left = fast_consumer._size_read(size, block, delivery.headers, names_are_shared=has_layout)
+        del whole
+        kept = Stranger.of_delivery(delivery, "foreign", "")
+        del delivery
+        gc.collect()  # what encoding has left behind
+        for_the_quarantine, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert delivery.fault is None
-    assert is_plain == (shape in PLAIN)
-    size = fast_consumer._size((WIRE, block, body))
+    assert kept.body is not body
+    assert has_layout == (shape in PLAIN)
     assert unread <= size
-    assert as_read <= (fast_consumer._plain_size(size, block) if is_plain else size)
+    assert max(as_read, for_the_quarantine) <= left
+    assert (left == size) == (shape in ("flat", "deep"))
+
+
+@asynccontextmanager
+async def consuming(monkeypatch: pytest.MonkeyPatch, *, bound: int) -> AsyncIterator[tuple[StubBroker, FastConsumer]]:
+    monkeypatch.setattr(fast_consumer, "HELD_BYTES", bound)
+    properties._layouts.learn(SHAPES["a relay's"])
+    queue = InboxQueue(name="heavy", bindings=("order.#",), delivery_limit=50)
+    async with stub_broker() as broker:
+        consumer = await FastConsumer.open(broker.settings(), queue, prefetch=1000, name="x")
+        try:
+            yield broker, consumer
+        finally:
+            await consumer.close()
+
+
+async def until(question: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not question():  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.005)
+
+
+async def test_what_is_held_is_what_waits_and_what_was_handed_out_and_nothing_once_that_is_acknowledged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with consuming(monkeypatch, bound=200_000) as (broker, consumer):
+        for tag in range(1, 401):
+            broker.last.deliver(tag, b"{}", SHAPES["a relay's"] if tag % 3 else b"\0\0")
+        tags: list[int] = []
+        while len(tags) < 400:
+            one = consumer.next_ready() if len(tags) % 2 else None
+            found = [one] if one is not None else await consumer.receive(7)
+            tags += [delivery.tag for delivery in found]
+            waiting = sum(size for size, _ in consumer._buffer)
+            assert consumer.backpressure.held == waiting + sum(size for _, size in consumer._handed_out)
+            await consumer.acknowledge(tags[-1])
+        assert tags == list(range(1, 401))
+        assert consumer.backpressure.held == 0
+        assert not consumer.backpressure.is_holding_back
+
+
+async def test_messages_that_take_less_than_they_might_let_others_in_before_they_are_acknowledged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with consuming(monkeypatch, bound=600_000) as (broker, consumer):
+        for tag in range(1, 101):
+            broker.last.deliver(tag, b"{}", SHAPES["a relay's"])
+        await until(lambda: len(consumer._buffer) == 100)
+        assert consumer.backpressure.is_holding_back
+        assert len(await consumer.receive(100)) == 100
+        assert not consumer.backpressure.is_holding_back

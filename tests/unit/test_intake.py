@@ -117,6 +117,7 @@ async def test_large_messages_are_bounded_by_their_bytes(monkeypatch: pytest.Mon
     """Nothing is received while so many bytes wait, and no batch has more, unless one message has."""
     for module in (intake, subscription):
         monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(intake, "_BESIDE_BYTES", 0)
     monkeypatch.setattr(intake, "_PORTION", 1)
     broker = Broker([event(tag, body=b"x" * 60) for tag in range(1, 6)] + [event(6, body=b"x" * 500)])
     sizes: list[int] = []
@@ -200,8 +201,18 @@ async def test_while_handlers_are_called_one_by_one_each_call_brings_one_and_the
         assert [a.tag for a in ready.take(10).batch.arrivals] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
+async def test_small_messages_count_for_more_than_their_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a batch of them would be more than half of what the consumer may hold, and the next could not come meanwhile."""
+    for module in (intake, subscription):
+        monkeypatch.setattr(module, "BATCH_BYTES", 3 * (4096 + 2))
+    async with Intake(Broker([event(tag) for tag in range(1, 8)]), ahead=10).running() as ready:
+        await ready.wait()
+        assert ready.take(10).received == 3
+
+
 async def test_steps_keep_to_what_was_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "BATCH_BYTES", 100)
+    monkeypatch.setattr(intake, "_BESIDE_BYTES", 0)
     for body, fits in (b"{}", 4), (b"x" * 60, 2):
         broker, overlap = Broker([]), Overlap()
         async with Intake(broker, ahead=4, overlap=overlap).running() as ready:

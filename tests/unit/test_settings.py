@@ -537,13 +537,14 @@ def test_every_setting_can_be_set_by_its_variable() -> None:
     ("flags", "most"),
     [
         ({}, 4000),
-        ({"inbox.batch": 7, "inbox.prefetch": 7}, 7),
+        ({"inbox.batch": 7, "inbox.prefetch": 14}, 7),
         ({"inbox.batch": 3000}, 3000),
+        ({"inbox.prefetch": 4000}, 2000),
         ({"inbox.prefetch": 1999}, 999),
         ({"inbox.prefetch": 1}, 1),
     ],
 )
-def test_a_batch_is_as_large_as_set_or_half_of_what_a_smaller_prefetch_lets_come(
+def test_a_batch_is_as_large_as_set_and_at_most_half_of_what_the_prefetch_lets_come(
     flags: dict[str, object], most: int
 ) -> None:
     assert load_settings(environ={}, flags=flags).inbox.most_in_batch == most

@@ -76,33 +76,34 @@ _i64 = struct.Struct(">q").unpack_from
 
 def read(block: bytes) -> Properties:
     """The properties in a header frame's block. Raises Malformed, and nothing else."""
-    try:
-        if block[:2] == _USUAL:
-            return by_layout(block) or _step_by_step(block)
-        return _any(block)
-    except UnicodeDecodeError:
-        raise Malformed("a property is not UTF-8") from None
-    except (IndexError, struct.error):
-        raise Malformed("a value leads out of the property block") from None
+    return by_layout(block) or step_by_step(block)
 
 
 def by_layout(block: bytes) -> Properties | None:
     """The same as `read`, for a block with the flags of a relay's message and a layout that is known; None for any other.
 
-    Its headers are few, texts and whole numbers, and share their names with other messages.
+    Its headers are few, texts and whole numbers, and share their names with other messages. It raises nothing.
     """
     values = _layouts.read(block) if block[:2] == _USUAL else None
     return None if values is None else _usual(values)
 
 
-def _step_by_step(block: bytes) -> Properties:
-    """The same as `_any` for the flags of a relay's message, which all that matters here has: several times faster."""
-    values = _usual_values(block)
+def step_by_step(block: bytes) -> Properties:
+    """The same as `read`, for a block that `by_layout` does not know; it may do so the next time. Raises Malformed."""
+    try:
+        if block[:2] != _USUAL:
+            return _any(block)
+        values = _usual_values(block)
+    except UnicodeDecodeError:
+        raise Malformed("a property is not UTF-8") from None
+    except (IndexError, struct.error):
+        raise Malformed("a value leads out of the property block") from None
     _layouts.missed(block)
     return _usual(values)
 
 
 def _usual(values: Values) -> Properties:
+    """The same as `_any` for the flags of a relay's message, which all that matters here has: several times faster."""
     content_type, headers, mode, message_id, seconds, event_type, source = values
     others = _MODES[mode]
     if (occurred_at := _instant(seconds)) is None:
