@@ -85,7 +85,8 @@ class Caller:
                     if isinstance(handler, Grouped):
                         await handler.function([arrival.event for arrival in arrivals], connection)
                     else:
-                        await handler(arrivals[0].event, connection)
+                        (arrival,) = arrivals
+                        await handler(arrival.event, connection)
             except asyncio.CancelledError as exc:
                 if _being_cancelled():
                     raise

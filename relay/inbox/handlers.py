@@ -113,7 +113,9 @@ class Inbox:
         return register
 
     def handler(self, event: Event) -> Handler | Grouped | None:
-        """The handler of an event, a Grouped if it takes many; None: skip it."""
+        """The handler of an event, a Grouped if it takes many; None: skip it, as each tombstone."""
+        if event.is_tombstone:
+            return None
         specific = self._handlers.get((event.aggregate_type, event.event_type))
         return specific or self._handlers.get((None, event.event_type)) or self._others
 

@@ -41,8 +41,7 @@ class Handling:
         """
         if not self._postpones:
             return False
-        event = arrival.event
-        handler = None if event.is_tombstone else self._inbox.handler(event)
+        handler = self._inbox.handler(arrival.event)
         if handler is None:
             self._tally.add("skipped")
             return True
@@ -58,8 +57,7 @@ class Handling:
             return False
         handler, add, before = self._inbox.handler, self._postponed.append, len(self._postponed)
         for key, arrival in placed:
-            event = arrival.event
-            if (found := None if event.is_tombstone else handler(event)) is not None:
+            if (found := handler(arrival.event)) is not None:
                 add((found, key, arrival))
         if skipped := len(placed) - (len(self._postponed) - before):
             self._tally.add("skipped", skipped)
@@ -91,8 +89,7 @@ class Handling:
         handler, skipped = self._inbox.handler, 0
         for _, arrival in placed:
             before()
-            event = arrival.event
-            if (found := None if event.is_tombstone else handler(event)) is None:
+            if (found := handler(arrival.event)) is None:
                 skipped += 1
             else:
                 yield found, (arrival,)
@@ -102,7 +99,7 @@ class Handling:
 
     async def succeeds(self, arrival: Arrival) -> bool:
         """Handle one event. False: its handler failed, and its effects are rolled back."""
-        handler = None if arrival.event.is_tombstone else self._inbox.handler(arrival.event)
+        handler = self._inbox.handler(arrival.event)
         if handler is None:
             self._tally.add("skipped")
             return True

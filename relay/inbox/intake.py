@@ -53,7 +53,7 @@ class _Other(NamedTuple):
 
     thing: Stranger | Control
     tag: int
-    size: int  # as _size has it
+    size: int  # of its body
 
 
 class Intake:
@@ -166,14 +166,12 @@ class Intake:
 def _understood(delivery: Delivery) -> Arrival | _Other:
     try:
         if is_control(delivery):
-            return _Other(to_control(delivery), delivery.tag, _BESIDE_BYTES + len(delivery.body))
+            return _Other(to_control(delivery), delivery.tag, len(delivery.body))
         return _arrival((to_event(delivery), delivery.tag, delivery.exchange, delivery.routing_key, None, 0))
     except NotAnEvent as exc:
         log.warning("quarantined", reason=exc.reason, detail=exc.detail, routing_key=delivery.routing_key)
-        return _Other(
-            Stranger.of_delivery(delivery, exc.reason, exc.detail), delivery.tag, _BESIDE_BYTES + len(delivery.body)
-        )
+        return _Other(Stranger.of_delivery(delivery, exc.reason, exc.detail), delivery.tag, len(delivery.body))
 
 
 def _size(one: Arrival | _Other) -> int:
-    return one.size if isinstance(one, _Other) else _BESIDE_BYTES + len(one.event.body)
+    return _BESIDE_BYTES + (one.size if isinstance(one, _Other) else len(one.event.body))

@@ -8,7 +8,7 @@ import json
 import random
 import struct
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -209,12 +209,6 @@ async def consuming(monkeypatch: pytest.MonkeyPatch, *, bound: int) -> AsyncIter
             await consumer.close()
 
 
-async def until(question: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not question():  # noqa: ASYNC110 - nobody announces it
-            await asyncio.sleep(0.005)
-
-
 async def test_what_is_held_is_what_waits_and_what_was_handed_out_and_nothing_once_that_is_acknowledged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,7 +234,10 @@ async def test_messages_that_take_less_than_they_might_let_others_in_before_they
     async with consuming(monkeypatch, bound=600_000) as (broker, consumer):
         for tag in range(1, 101):
             broker.last.deliver(tag, b"{}", SHAPES["a relay's"])
-        await until(lambda: len(consumer._buffer) == 100)
+        async with asyncio.timeout(20):
+            while len(consumer._buffer) < 100:
+                consumer._changed.clear()
+                await consumer._changed.wait()
         assert consumer.backpressure.is_holding_back
         assert len(await consumer.receive(100)) == 100
         assert not consumer.backpressure.is_holding_back

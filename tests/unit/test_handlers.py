@@ -11,6 +11,7 @@ from relay.errors import ConfigError
 from relay.inbox import Event, Inbox, load
 from relay.inbox.handlers import Grouped
 from relay.inbox.start import Start
+from relay.message import TOMBSTONE
 from relay.postgres.connect import Connection
 from relay.settings import InboxSettings
 
@@ -184,3 +185,12 @@ def test_an_inbox_of_batch_handlers_alone_is_found_and_is_not_for_store_mode(
         Start(found, InboxSettings(functions={"A": "billing.a"}))
     with pytest.raises(ConfigError, match="must have no handlers"):
         Start(found, InboxSettings(mode="store"))
+
+
+def test_a_tombstone_has_no_handler_whatever_takes_all_others() -> None:
+    async def function(event: Event, tx: Connection) -> None:
+        """Nothing."""
+
+    inbox = Inbox("billing").with_functions({"*": function})
+    assert inbox.handler(event("A")) is function
+    assert inbox.handler(event(TOMBSTONE)) is None
