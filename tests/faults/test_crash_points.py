@@ -19,14 +19,15 @@ import pytest
 
 import relay
 from relay.failpoints import Point
+from relay.outbox import retention
 from relay.sandbox import Postgres, RabbitMQ
 from tests.faults.crash import InHandler, Place
-from tests.faults.crash_case import LOAD, Case, Ground, Verdict, nursery
+from tests.faults.crash_case import LOAD, PATIENCE_S, Case, Ground, Verdict, nursery
 from tests.faults.lab.amqp_proxy import AmqpProxy
 from tests.faults.lab.proxy import Bites
 from tests.harness.outbox import until
 
-DAY_S = 86400
+SLOT_S = 2 * 86400  # a slot is filled for two days, see the migration
 
 RUN = ("run", "--drain")
 CONSUME = ("inbox", "run", "tests.faults.crash:inbox")
@@ -125,10 +126,14 @@ async def sleeps(case: Case) -> None:
 
 
 async def empties_slots(case: Case) -> None:
-    """All is published and applied, and old: three slots of the ring with three rows each."""
+    """All is published and applied, and old: three slots of the ring with three rows each.
+
+    The last of them may have been filled until a moment ago: whoever empties it here has no patience (`_LEAST_S`), see `impatient`.
+    """
+    await _until_no_slot_ends_soon()
     await case.route_all()
     case.flags["outbox__retention_s"] = 0
-    period = int(time.time()) // (2 * DAY_S)  # a slot is filled for two days, see the migration
+    period = int(time.time()) // SLOT_S
     for number, slots_ago in ((1, 3), (2, 2), (3, 1)):
         events = [event for event in LOAD if event[1] == number]
         await case.emit(events, in_slot=((period - slots_ago) % 4, 2 * slots_ago))
@@ -140,6 +145,12 @@ async def empties_slots(case: Case) -> None:
         return bool(await case.db.fetchval("SELECT count(*) FROM relay.outbox") == 0)
 
     await until(all_emptied)
+
+
+async def _until_no_slot_ends_soon() -> None:
+    """The oldest slot of the ring is the current one afterwards."""
+    if (left_s := SLOT_S - time.time() % SLOT_S) < PATIENCE_S:
+        await asyncio.sleep(left_s + 1)
 
 
 async def tells_and_answers(case: Case) -> None:
@@ -319,6 +330,13 @@ async def outcome(ground: Ground, place: Place, which: int) -> Verdict:
         return await case.verdict()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No slot is left alone for the hour after it was filled, when this process sweeps: as tests.faults.crash has it for the others."""
+    monkeypatch.setattr(retention, "_LEAST_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("place", TABLE, ids=lambda place: place.name)
 async def test_killed_there_at_the_first_a_middle_and_the_last_message_nothing_is_lost_doubled_or_disordered(
     ground: Ground, place: Place
